@@ -1,0 +1,22 @@
+"""Records what a user gives the FSDP plugin explicitly, so that it wins over the plan or is refused.
+
+Upstream: https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/dataclasses.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import applying
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="accelerate>=0.26.dev0", target="accelerate.utils.dataclasses")
+
+
+@patch.wrap("FullyShardedDataParallelPlugin.__post_init__", "self")
+def record_explicit_values(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Look at the fields before defaults and environment fill them."""
+    asked = dict(vars(instance))
+    result = wrapped(*args, **kwargs)
+    applying.record(instance, asked)
+    return result

@@ -1,0 +1,21 @@
+"""Makes FSDP2's activation checkpointing recompute with the dropout and noise of the first forward.
+
+Upstream: https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/fsdp_utils.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import applying
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="accelerate>=1.8.dev0", target="accelerate.accelerator")
+
+
+@patch.wrap("fsdp2_apply_ac", "accelerator", "model")
+def keep_rng_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Wrap as always, then let each checkpointed layer keep its random state."""
+    model = wrapped(*args, **kwargs)
+    applying.keep_rng_state(model)
+    return model

@@ -1,0 +1,21 @@
+"""Restores the autocast around the forward that accelerate's FSDP2 path lost in 1.8.0.
+
+Upstream: https://github.com/huggingface/accelerate/pull/3585
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import applying
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="accelerate>=1.8.dev0", target="accelerate.accelerator")
+
+
+@patch.wrap("Accelerator._prepare_fsdp2", "self", "args")
+def autocast_the_forward(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Prepare as always, then do for planned models what FSDP1 and DDP get."""
+    result = wrapped(*args, **kwargs)
+    applying.autocast_prepared(instance, result)
+    return result

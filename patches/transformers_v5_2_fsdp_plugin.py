@@ -1,0 +1,21 @@
+"""Keeps PEFT's wrap policy, one unit for each lora_A and lora_B, away from a plan that replicates them.
+
+It also keeps the transformer classes that the user asked to wrap, which PEFT's policy no longer reads.
+
+Upstream: https://github.com/huggingface/peft/pull/2681
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import applying
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="transformers>=5.2.dev0", target="transformers.trainer")
+
+
+@patch.wrap("update_fsdp_plugin_peft", "model", "accelerator")
+def leave_the_plan(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Skip the upstream function for a planned model: the plan has set policy and dtypes already."""
+    return applying.update_plugin(*args, **kwargs, upstream=wrapped)

@@ -1,0 +1,32 @@
+"""Plans what FSDP shards and what stays replicated, before the Trainer's model is wrapped.
+
+Upstream: https://github.com/huggingface/peft/issues/2407
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import applying
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(
+    __name__,
+    versions="transformers>=5.2.dev0",
+    target="transformers.trainer",
+    needs=(
+        "accelerate_v0_26_backward",
+        "accelerate_v0_26_get_state_dict",
+        "accelerate_v1_6_fsdp2_prepare_model",
+        "accelerate_v1_8_autocast",
+        "peft_v0_21_state_dict_names",
+        "transformers_v5_2_fsdp_plugin",
+    ),
+)
+
+
+@patch.wrap("Trainer._wrap_model", "self", "model", "training", "dataloader")
+def plan_before_wrapping(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Prepare the model first: accelerate reads the plugin that this settles."""
+    applying.prepare(instance, args[0] if args else kwargs["model"])
+    return wrapped(*args, **kwargs)

@@ -1,0 +1,76 @@
+"""Repairs PEFT adapters under FSDP with the Transformers Trainer, whatever versions are installed.
+
+    import trainer_fsdp_patch
+    trainer_fsdp_patch.patch()
+
+Importing this package does nothing; `patch()` imports none of its targets.
+"""
+
+from __future__ import annotations
+
+import os.path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer_fsdp_patch.planning import Plan
+    from trainer_fsdp_patch.registry import Status
+
+__all__ = ["__version__", "patch", "plan", "status", "unpatch"]
+__version__ = "0.1.0"
+
+# In a checkout `patches/` lies beside this package and not in it; style.md 4.1 has the cases.
+_root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isfile(os.path.join(_root, "setup.cfg")):
+    __path__.append(_root)
+
+
+def patch(*names: str, strict: bool = False) -> list[Status]:
+    """Repair what is installed, at once or when it is imported; a second call changes nothing.
+
+    Args:
+        names: only these patches and what they need; all where none is named.
+        strict: raise where a patch that concerns the installed releases cannot be applied, instead of
+            one warning. An import of a target can then fail with that error.
+
+    Returns:
+        The state of every patch, as `status()` gives it.
+
+    Raises:
+        PatchError: a name is unknown, or a patch asked for by name does not concern what is installed
+            or cannot be applied.
+    """
+    from trainer_fsdp_patch import registry
+
+    return registry.patch(*names, strict=strict)
+
+
+def unpatch() -> None:
+    """Restore every patched attribute to identity; where somebody wrapped on top of us, go silent."""
+    from trainer_fsdp_patch import registry
+
+    registry.unpatch()
+
+
+def status() -> list[Status]:
+    """State of every patch: unused, waiting, applied, skipped (with the reason) or failed."""
+    from trainer_fsdp_patch import registry
+
+    return registry.status()
+
+
+def plan(model: Any, **settings: Any) -> Plan:
+    """What will be sharded and what replicated when a model is trained, and why.
+
+    Args:
+        model: a `torch.nn.Module` that carries a PEFT adapter; meta tensors will do.
+        settings: see `trainer_fsdp_patch.planning.make_plan`.
+
+    Returns:
+        The plan; pure data, computed without a process group and without changing the model.
+
+    Raises:
+        PlanError: a setting contradicts the plan.
+    """
+    from trainer_fsdp_patch import planning
+
+    return planning.make_plan(model, **settings)

@@ -1,0 +1,181 @@
+"""What is written as the adapter: gathered, compared across ranks and proven before an old file is replaced."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import wrapt
+
+from trainer_fsdp_patch import inventory, sync
+from trainer_fsdp_patch.errors import AdapterError, TrainerFsdpPatchWarning, message
+from trainer_fsdp_patch.inventory import canonical
+from trainer_fsdp_patch.prepared import Prepared, prepared_for
+
+
+class CanonicalNames(wrapt.ObjectProxy):  # type: ignore[misc]
+    """A model whose module, parameter and buffer names lack the segments that wrappers put in."""
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        return ((canonical(name), module) for name, module in self.__wrapped__.named_modules(*args, **kwargs))
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return ((canonical(name), item) for name, item in self.__wrapped__.named_parameters(*args, **kwargs))
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
+        return ((canonical(name), item) for name, item in self.__wrapped__.named_buffers(*args, **kwargs))
+
+
+def with_canonical_names(model: Any) -> Any:
+    """The model itself, or a proxy with canonical names where a wrapper sits somewhere inside it."""
+    wrapped = any(canonical(name) != name for name, _ in model.named_modules())
+    return CanonicalNames(model) if wrapped else model
+
+
+def call_with_canonical_names(function: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call one of peft's functions with a model whose names are those of a state dict."""
+    return function(with_canonical_names(model), *args, **kwargs)
+
+
+def state_dict(upstream: Callable[..., Any], accelerator: Any, model: Any, unwrap: bool = True) -> Any:
+    """Everything that the adapter file may take its tensors from.
+
+    The adapter is whole on every rank, so no collective gathers the frozen base; only the embeddings
+    are gathered, which peft writes beside an adapter that targets or resizes them.
+
+    Args:
+        upstream: accelerate's own, bound; it is asked where no plan was applied to the model.
+        accelerator: the run's.
+        model: as wrapped by FSDP.
+        unwrap: passed on upstream.
+
+    Returns:
+        Tensors on the CPU by canonical name, the same on all ranks but for the embeddings, which rank 0 has.
+
+    Raises:
+        AdapterError: on all ranks, where ranks differ, a value is not finite or something would be missing.
+    """
+    prepared = prepared_for(accelerator, model)
+    if prepared is None:
+        return upstream(model, unwrap=unwrap)
+    adapter = prepared.of_adapter()
+    sync.compare(list(adapter), list(adapter.values()), "before saving")
+    refuse_dead(adapter)
+    found = {name: tensor.detach().cpu() for name, tensor in persistent(model, adapter).items()}
+    prove(accelerator.unwrap_model(model, keep_torch_compile=False), found, prepared)
+    found.update(_embeddings(accelerator, model))
+    return found
+
+
+def persistent(model: Any, adapter: dict[str, Any]) -> dict[str, Any]:
+    """The adapter's tensors under all their names, as a state dict has them: without non-persistent buffers."""
+    known = {id(tensor) for tensor in adapter.values()}
+    result = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if id(tensor) in known and key not in module._non_persistent_buffers_set:
+                result[canonical(f"{prefix}.{key}")] = tensor
+    return result
+
+
+def refuse_dead(adapter: dict[str, Any]) -> None:
+    """Refuse an adapter that cannot be right whatever is written of it.
+
+    Raises:
+        AdapterError: it has no tensor, or a value that is not finite.
+    """
+    import torch
+
+    if not adapter:
+        raise AdapterError(
+            message("adapter", "it has no tensor", "Nothing was written", "Check that the adapter is still attached")
+        )
+    for name, tensor in adapter.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(
+                message(
+                    name,
+                    f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are not finite",
+                    "Nothing was written, and the file of an earlier save is untouched",
+                    "Go back to the last good checkpoint and lower the learning rate or clip gradients",
+                ),
+                tensor=name,
+            )
+
+
+def _embeddings(accelerator: Any, model: Any) -> dict[str, Any]:
+    """Weights of the input and output embeddings, whole, on rank 0; every rank takes part."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.tensor import DTensor
+
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    getters = ("get_input_embeddings", "get_output_embeddings")
+    layers = [getattr(unwrapped, getter)() for getter in getters if hasattr(unwrapped, getter)]
+    wanted = {id(module) for layer in layers if layer is not None for module in layer.modules()}
+    prefixes = [canonical(name) for name, module in model.named_modules() if id(module) in wanted]
+    result = {}
+
+    def collect(named: Any) -> None:
+        for name, tensor in named:
+            if canonical(name).rpartition(".")[0] in prefixes:
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                if accelerator.is_main_process:
+                    result[canonical(name)] = whole.detach().cpu().clone()
+
+    if isinstance(model, FSDP):
+        with FSDP.summon_full_params(model, recurse=False, writeback=False):
+            collect(model.named_parameters())
+    else:
+        collect(model.named_parameters())
+    return result
+
+
+def keys(model: Any, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What peft would write of a state dict, by adapter: {} for models that keep adapters in another way."""
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    return {
+        adapter: get_peft_model_state_dict(model, state_dict=found, adapter_name=adapter, save_embedding_layers=False)
+        for adapter in getattr(model, "peft_config", {})
+    }
+
+
+def expect(model: Any, prepared: Prepared) -> None:
+    """Note before wrapping which keys a save has to have, and warn of what trains without being saved."""
+    found = persistent(model, prepared.of_adapter())
+    entries = keys(model, found)
+    prepared.expected = {adapter: set(entry) for adapter, entry in entries.items()}
+    written = {id(tensor) for entry in entries.values() for tensor in entry.values()}
+    for item in prepared.plan.set_aside:
+        names = [name for name in item.tensor.names if name in found]
+        lost = item.tensor.role == inventory.ADAPTER and not item.tensor.owned
+        if entries and lost and not any(id(found[name]) in written for name in names):
+            text = message(
+                item.tensor.name,
+                "trainable, but part of no adapter",
+                "It is trained and averaged, and peft does not write it into the adapter file",
+                "Add its module to modules_to_save, or freeze it",
+            )
+            warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=2)
+
+
+def prove(model: Any, found: dict[str, Any], prepared: Prepared) -> None:
+    """Check that peft would write from a state dict what it would have written before wrapping.
+
+    Raises:
+        AdapterError: on all ranks, naming the first key that is missing or too much.
+    """
+    for adapter, entry in keys(model, found).items():
+        differing = sorted(set(entry) ^ prepared.expected.get(adapter, set(entry)))
+        if differing:
+            raise AdapterError(
+                message(
+                    differing[0],
+                    f"{'not expected' if differing[0] in entry else 'missing'} in the file of adapter {adapter!r}, "
+                    f"as {len(differing) - 1} more keys",
+                    "Nothing was written, and the file of an earlier save is untouched",
+                    "Report this with the versions that `python -m trainer_fsdp_patch status` prints",
+                ),
+                tensor=differing[0],
+            )

@@ -1,0 +1,48 @@
+"""Lets CPU ranks train under FSDP through the Trainer, for `check` and for the tests.
+
+accelerate turns FSDP on for accelerators only. Three small bridges make it run over gloo, faithfully for
+everything that is Python; design.md 7 has the findings.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+_CONFIGS = (
+    "FullStateDictConfig",
+    "FullOptimStateDictConfig",
+    "ShardedStateDictConfig",
+    "ShardedOptimStateDictConfig",
+)
+
+
+def bridge(arguments: Any) -> None:
+    """Make this process a rank that FSDP accepts, for as long as it lives.
+
+    Args:
+        arguments: TrainingArguments with `use_cpu=True` and `ddp_backend="gloo"`; its device is set up
+            here. For FSDP1, `fsdp_config` has to have `sync_module_states` false.
+    """
+    import torch
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from torch.distributed.fsdp import fully_sharded_data_parallel as fsdp1
+
+    assert arguments.device.type == "cpu", arguments.device
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    PartialState._shared_state["device"] = torch.device("cpu")
+    for name in _CONFIGS:
+        config = getattr(fsdp1, name)
+        if not isinstance(config.__setattr__, functools.partialmethod):
+            config.__setattr__ = _never_offloaded(config.__setattr__)
+
+
+def _never_offloaded(upstream: Callable[[Any, str, Any], None]) -> Callable[[Any, str, Any], None]:
+    """FSDP1 gives state dicts that are offloaded to the CPU as aliases of storage that it frees on the CPU."""
+
+    def setattr_without_offload(instance: Any, name: str, value: Any) -> None:
+        upstream(instance, name, False if name == "offload_to_cpu" else value)
+
+    return setattr_without_offload

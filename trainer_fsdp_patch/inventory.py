@@ -1,0 +1,147 @@
+"""The role of every tensor of a model: adapter, projection, quantized or base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+ADAPTER, PROJECTION, QUANTIZED, BASE = "adapter", "projection", "quantized", "base"
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?:\.|$)")
+
+
+def canonical(name: str) -> str:
+    """Name of a tensor or module without the segments that FSDP1, checkpointing and compile put in."""
+    return _WRAPPERS.sub("", name).rstrip(".")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter or buffer, found once however many modules share it.
+
+    Attributes:
+        name: first canonical name; names: all of them.
+        kind: "parameter" or "buffer".
+        role: adapter (trainable), projection (frozen tensor that the adapter owns), quantized (base
+            weight that is not plain floating point) or base.
+        module: canonical name of the module that holds it under `name`.
+        shape: of the whole tensor; dtype: as stored; nbytes: of the whole tensor.
+        trainable: whether it requires a gradient; owned: whether it sits in a module of the adapter.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    kind: str
+    role: str
+    module: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    trainable: bool
+    owned: bool
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether a PEFT method sits in the model, put there by `get_peft_model` or by transformers."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, (PeftModel, BaseTunerLayer)) for module in model.modules())
+
+
+def named_tensors(model: Any) -> Iterator[tuple[str, str, str, Any, Any, bool]]:
+    """Every slot that holds a tensor: (canonical name, kind, key, module, tensor, owned by the adapter).
+
+    A tensor that several modules share comes once for each module object; a module that is a child
+    of several others comes once, under its first name.
+    """
+    seen = set()
+    pending = [("", model, False)]
+    while pending:
+        prefix, module, owned = pending.pop(0)
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        base = _base_child(module)
+        for kind, slots in (("parameter", module._parameters), ("buffer", module._buffers)):
+            for key, tensor in slots.items():
+                if tensor is not None:
+                    yield canonical(f"{prefix}.{key}".lstrip(".")), kind, key, module, tensor, owned or base is not None
+        for key, child in module._modules.items():
+            if child is not None:
+                inside = owned if base is None else key != base
+                pending.append((f"{prefix}.{key}".lstrip("."), child, inside))
+
+
+def _base_child(module: Any) -> str | None:
+    """Child through which a PEFT container reaches the base model; all else in it is the adapter's."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for container, child in (
+        (PeftModel, "base_model"),
+        (BaseTuner, "model"),
+        (BaseTunerLayer, "base_layer"),
+        (AuxiliaryTrainingWrapper, "original_module"),
+    ):
+        if isinstance(module, container):
+            return child
+    return None
+
+
+def is_quantized(tensor: Any) -> bool:
+    """Whether a frozen parameter stores something else than plain floating-point numbers."""
+    if hasattr(tensor, "quant_state") or hasattr(tensor, "SCB"):
+        return True
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def take(model: Any) -> list[Tensor]:
+    """Inventory of a model.
+
+    Args:
+        model: any `torch.nn.Module`; meta tensors and wrapped models will do.
+
+    Returns:
+        One entry for each distinct tensor, in the order of the modules, breadth first.
+    """
+    names: dict[int, list[str]] = {}
+    first: dict[int, tuple[str, Any, Any]] = {}
+    owned: dict[int, bool] = {}
+    packed = set()
+    for name, kind, _, module, tensor, belongs in named_tensors(model):
+        names.setdefault(id(tensor), []).append(name)
+        first.setdefault(id(tensor), (kind, module, tensor))
+        owned[id(tensor)] = owned.get(id(tensor), True) and belongs
+        if kind == "parameter" and not tensor.requires_grad and not belongs and is_quantized(tensor):
+            packed.add(id(module))
+    return [
+        _entry(names[key], kind, _role(tensor, owned[key], kind, id(module) in packed), tensor, owned[key])
+        for key, (kind, module, tensor) in first.items()
+    ]
+
+
+def _role(tensor: Any, owned: bool, kind: str, packed: bool) -> str:
+    if tensor.requires_grad and kind == "parameter":
+        return ADAPTER
+    if owned:
+        return PROJECTION
+    return QUANTIZED if packed else BASE
+
+
+def _entry(names: list[str], kind: str, role: str, tensor: Any, owned: bool) -> Tensor:
+    return Tensor(
+        name=names[0],
+        names=tuple(names),
+        kind=kind,
+        role=role,
+        module=names[0].rpartition(".")[0],
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        nbytes=tensor.numel() * tensor.element_size(),
+        trainable=bool(tensor.requires_grad),
+        owned=owned,
+    )

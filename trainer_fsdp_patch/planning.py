@@ -1,0 +1,243 @@
+"""From the inventory of a model and the settings of FSDP to a plan: pure data, no side effect."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from trainer_fsdp_patch import inventory
+from trainer_fsdp_patch.errors import PlanError, message
+from trainer_fsdp_patch.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, Tensor
+
+SHARD, REPLICATE = "shard", "replicate"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one tensor goes, and why. `placement` is shard (FSDP owns it) or replicate."""
+
+    tensor: Tensor
+    placement: str
+    reason: str
+
+    @property
+    def set_aside(self) -> bool:
+        """Whether the tensor has to be kept out of FSDP's hands; base buffers are left to it."""
+        return self.placement == REPLICATE and not (self.tensor.role == BASE and self.tensor.kind == "buffer")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is sharded and what replicated.
+
+    Attributes:
+        fsdp_version: 1 or 2.
+        placements: one for each tensor of the model.
+        use_orig_params: what FSDP1 is to use, or None under FSDP2, which always keeps them.
+        param_dtype: dtype in which FSDP computes and communicates units, as a name, or None for the stored one.
+        autocast: dtype of the autocast around the forward, as a name, or None.
+        reasons: one sentence for each flag that differs from what was asked.
+    """
+
+    fsdp_version: int
+    placements: tuple[Placement, ...]
+    use_orig_params: bool | None
+    param_dtype: str | None
+    autocast: str | None
+    reasons: tuple[str, ...]
+
+    @property
+    def set_aside(self) -> tuple[Placement, ...]:
+        """What is kept out of FSDP."""
+        return tuple(placement for placement in self.placements if placement.set_aside)
+
+    def nbytes(self, placement: str, role: str | None = None) -> int:
+        """Bytes of all tensors with a placement and, where given, a role; each rank holds the replicated ones whole."""
+        return sum(
+            item.tensor.nbytes
+            for item in self.placements
+            if item.placement == placement and role in (None, item.tensor.role)
+        )
+
+    def summary(self) -> str:
+        """One line: how many tensors and MiB are sharded and replicated, by role."""
+        parts = []
+        for placement in (SHARD, REPLICATE):
+            kept = [item for item in self.placements if item.placement == placement]
+            roles = Counter(item.tensor.role for item in kept)
+            detail = ", ".join(f"{count} {role}" for role, count in sorted(roles.items()))
+            parts.append(f"{placement} {self.nbytes(placement) / 2**20:.1f} MiB ({detail or 'nothing'})")
+        return "; ".join(parts)
+
+
+def make_plan(
+    model: Any,
+    *,
+    fsdp_version: int = 2,
+    mixed_precision: str = "no",
+    use_orig_params: bool | None = None,
+    ignored_modules: str | Iterable[Any] | None = None,
+    param_dtype: str | None = None,
+    units: Iterable[str] | None = None,
+) -> Plan:
+    """Plan for one model; the model is read and not changed.
+
+    Args:
+        model: `torch.nn.Module` with a PEFT adapter; meta tensors will do.
+        fsdp_version: 1 or 2.
+        mixed_precision: "no", "bf16" or "fp16", as in `TrainingArguments`.
+        use_orig_params: FSDP1's flag; None is True.
+        ignored_modules: the user's own, modules or a regular expression of their full names.
+        param_dtype: the user's own dtype for units, such as "bfloat16"; None is what mixed_precision gives.
+        units: class names of the modules that become FSDP units; None is the model's `_no_split_modules`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: a setting contradicts the model.
+    """
+    amp = {"no": None, "bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision, "bfloat16")
+    tensors = inventory.take(model)
+    users = user_ignored(model, ignored_modules)
+    odd = odd_dtypes(model, tensors, units) if fsdp_version == 1 else {}
+    placements = tuple(_place(tensor, users, odd, fsdp_version) for tensor in tensors)
+    if not any(item.placement == SHARD for item in placements):
+        raise PlanError(
+            message(
+                "ignored_modules" if users else "fsdp",
+                "no parameter of the model is left to shard",
+                "FSDP has nothing to do",
+                "Ignore fewer modules, or train without FSDP",
+            ),
+            setting="ignored_modules" if users else "fsdp",
+        )
+    compute, reasons = _param_dtype(placements, amp, param_dtype)
+    return Plan(fsdp_version, placements, _orig_params(fsdp_version, use_orig_params), compute, amp, reasons)
+
+
+def _orig_params(fsdp_version: int, asked: bool | None) -> bool | None:
+    """No unit mixes trainable and frozen parameters, so both values of the flag are right."""
+    if fsdp_version == 1:
+        return True if asked is None else asked
+    return None
+
+
+def _place(tensor: Tensor, users: set[str], odd: dict[str, str], fsdp_version: int) -> Placement:
+    if tensor.role == ADAPTER:
+        return Placement(tensor, REPLICATE, "trainable: whole on every rank, its gradient averaged once per step")
+    if tensor.role == PROJECTION:
+        return Placement(tensor, REPLICATE, "frozen and owned by the adapter: whole on every rank, bit for bit")
+    if tensor.kind == "buffer" and tensor.role == BASE:
+        return Placement(tensor, REPLICATE, "buffer: FSDP never shards buffers")
+    if tensor.name in users:
+        return Placement(tensor, REPLICATE, "in the user's ignored_modules")
+    if tensor.role == QUANTIZED and not shardable(tensor):
+        return Placement(tensor, REPLICATE, f"stored as {tensor.dtype} in a quantized layer, which FSDP cannot shard")
+    if tensor.name in odd:
+        return Placement(tensor, REPLICATE, odd[tensor.name])
+    return Placement(tensor, SHARD, f"frozen base weight: sharded by FSDP{fsdp_version}")
+
+
+def shardable(tensor: Tensor) -> bool:
+    """Whether a tensor of a quantized layer can go into a unit: the float-stored ones can."""
+    return tensor.dtype in ("float32", "bfloat16", "float16")
+
+
+def user_ignored(model: Any, ignored: str | Iterable[Any] | None) -> set[str]:
+    """Canonical names of the parameters in the user's ignored modules.
+
+    Raises:
+        PlanError: an entry is no module of this model, or the expression is broken or matches nothing.
+    """
+    if ignored is None:
+        return set()
+    modules = {inventory.canonical(name): module for name, module in model.named_modules()}
+    if isinstance(ignored, str):
+        chosen = _matching(modules, ignored)
+    else:
+        chosen = list(ignored)
+        inside = {id(module) for module in modules.values()}
+        strangers = [module for module in chosen if id(module) not in inside]
+        if strangers:
+            _refuse_ignored(f"{type(strangers[0]).__name__} is no module of the model that is trained")
+    wanted = {id(parameter) for module in chosen for parameter in module.parameters()}
+    return {
+        name for name, _, _, _, tensor, _ in inventory.named_tensors(model) if id(tensor) in wanted
+    }
+
+
+def _matching(modules: dict[str, Any], expression: str) -> list[Any]:
+    try:
+        compiled = re.compile(expression)
+    except re.error as error:
+        _refuse_ignored(f"{expression!r} is no regular expression ({error})")
+    chosen = [module for name, module in modules.items() if compiled.fullmatch(name)]
+    if not chosen:
+        _refuse_ignored(f"{expression!r} matches the full name of no module")
+    return chosen
+
+
+def _refuse_ignored(found: str) -> None:
+    raise PlanError(
+        message(
+            "ignored_modules",
+            found,
+            "FSDP would shard what was to be ignored",
+            "Give modules of the model after the adapter was added, or an expression of their full names",
+        ),
+        setting="ignored_modules",
+    )
+
+
+def odd_dtypes(model: Any, tensors: list[Tensor], units: Iterable[str] | None) -> dict[str, str]:
+    """Frozen parameters whose dtype is not the prevailing one of their FSDP1 unit, with the reason.
+
+    FSDP1 flattens a unit into one tensor, so it takes one dtype only; the smaller part stays whole.
+    """
+    classes = set(units if units is not None else getattr(model, "_no_split_modules", None) or ())
+    roots = [
+        inventory.canonical(name) for name, module in model.named_modules() if type(module).__name__ in classes
+    ]
+    groups: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.kind == "parameter" and tensor.role in (BASE, QUANTIZED) and shardable(tensor):
+            above = [root for root in roots if tensor.name.startswith(f"{root}.")]
+            groups.setdefault(max(above, key=len, default=""), []).append(tensor)
+    odd = {}
+    for unit, members in groups.items():
+        sizes: Counter[str] = Counter()
+        for tensor in members:
+            sizes[tensor.dtype] += tensor.nbytes
+        main = sizes.most_common(1)[0][0]
+        for tensor in members:
+            if tensor.dtype != main:
+                odd[tensor.name] = f"{tensor.dtype} in the {main} unit {unit or 'at the root'}; FSDP1 takes one dtype"
+    return odd
+
+
+def _param_dtype(
+    placements: tuple[Placement, ...], amp: str | None, asked: str | None
+) -> tuple[str | None, tuple[str, ...]]:
+    """Dtype of units: packed weights must not be cast, so their storage dtype decides."""
+    packed = [item.tensor for item in placements if item.tensor.role == QUANTIZED and item.placement == SHARD]
+    packed = [tensor for tensor in packed if len(tensor.shape) == 2 and tensor.shape[-1] == 1]
+    stored = sorted({tensor.dtype for tensor in packed})
+    wanted = asked or amp
+    if not stored or wanted is None or stored == [wanted]:
+        return wanted, ()
+    if len(stored) > 1 or asked is not None:
+        raise PlanError(
+            message(
+                "mixed_precision_policy.param_dtype" if asked else "bnb_4bit_quant_storage",
+                f"{wanted} is asked for while {packed[0].name} packs its weights into {' and '.join(stored)}",
+                "The cast would change the packed bytes",
+                f"Use {stored[0]} for both",
+            ),
+            setting="mixed_precision_policy" if asked else "bnb_4bit_quant_storage",
+        )
+    reason = f"param_dtype is {stored[0]}, not {wanted}: {packed[0].name} packs its weights into {stored[0]}"
+    return stored[0], (reason,)

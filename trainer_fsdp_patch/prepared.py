@@ -1,0 +1,117 @@
+"""A model whose plan is applied: its tensors outside FSDP, and what later steps need to know of them."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer_fsdp_patch import inventory, sync
+from trainer_fsdp_patch.errors import AdapterError, message
+
+if TYPE_CHECKING:
+    from trainer_fsdp_patch.planning import Plan
+
+_PREPARED: weakref.WeakKeyDictionary[Any, Prepared] = weakref.WeakKeyDictionary()
+
+
+class Prepared:
+    """A model whose plan is applied.
+
+    Attributes:
+        plan: the plan.
+        names: canonical names of the tensors set aside; tensors: the tensors, in the same order.
+        groups: data-parallel process groups that gradients are averaged over.
+    """
+
+    def __init__(self, model: Any, plan: Plan, groups: Sequence[Any]) -> None:
+        self.model, self.plan, self.groups = weakref.ref(model), plan, groups
+        self.roles = {item.tensor.name: item.tensor.role for item in plan.set_aside}
+        self.expected: dict[str, set[str]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look the tensors up again, after moves that may have replaced objects."""
+        slots = {
+            name: tensor
+            for name, _, _, _, tensor, _ in inventory.named_tensors(self.model())
+            if name in self.roles
+        }
+        self.names, self.tensors = list(slots), list(slots.values())
+        self._known = {id(tensor) for tensor in self.tensors}
+
+    def of_adapter(self) -> dict[str, Any]:
+        """What the adapter owns, trainable or not, by canonical name."""
+        adapter = (inventory.ADAPTER, inventory.PROJECTION)
+        return {
+            name: tensor
+            for name, tensor in zip(self.names, self.tensors, strict=True)
+            if self.roles[name] in adapter
+        }
+
+    def average_gradients(self) -> None:
+        """Average the gradients of what is replicated and trainable now.
+
+        Raises:
+            AdapterError: a parameter became trainable that the plan does not know.
+        """
+        model = self.model()
+        for name, parameter in model.named_parameters() if model is not None else ():
+            if parameter.requires_grad and id(parameter) not in self._known:
+                raise AdapterError(
+                    message(
+                        inventory.canonical(name),
+                        "became trainable after the model was prepared for FSDP",
+                        "No rank averages its gradient and no optimizer steps it",
+                        "Add adapters before Trainer.train() is called, or start a new Trainer",
+                    ),
+                    tensor=inventory.canonical(name),
+                )
+        sync.average_gradients([tensor for tensor in self.tensors if tensor.requires_grad], self.groups)
+
+
+def prepared_for(accelerator: Any, model: Any) -> Prepared | None:
+    """Record of a model, wrapped or not, if a plan was applied to it."""
+    return _PREPARED.get(accelerator.unwrap_model(model, keep_torch_compile=False))
+
+
+def keep(model: Any, prepared: Prepared) -> None:
+    """Remember the record for as long as the model lives."""
+    _PREPARED[model] = prepared
+
+
+def average_gradients(accelerator: Any) -> None:
+    """Average the replicated gradients of every planned model that the accelerator holds.
+
+    Raises:
+        AdapterError: a parameter became trainable that no plan knows.
+    """
+    for model in accelerator._models:
+        prepared = prepared_for(accelerator, model)
+        if prepared is not None:
+            prepared.average_gradients()
+
+
+@contextlib.contextmanager
+def set_aside(accelerator: Any, model: Any) -> Iterator[None]:
+    """Hide what is not FSDP's while FSDP2 takes a model, then put the same objects back.
+
+    Hidden tensors are neither sharded nor moved to meta nor asked to be DTensors, on any torch.
+    """
+    prepared = prepared_for(accelerator, model)
+    if prepared is None:
+        yield
+        return
+    known = {id(tensor) for tensor in prepared.tensors}
+    hidden = []
+    for _, kind, key, module, tensor, _ in list(inventory.named_tensors(model)):
+        if id(tensor) in known:
+            slots = module._parameters if kind == "parameter" else module._buffers
+            hidden.append((slots, key, tensor))
+            slots[key] = None
+    try:
+        yield
+    finally:
+        for slots, key, tensor in hidden:
+            slots[key] = tensor

@@ -1,0 +1,136 @@
+"""Keeps replicated tensors equal on all ranks: broadcast, comparison, averaging of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer_fsdp_patch.errors import AdapterError, message
+
+if TYPE_CHECKING:
+    import torch
+
+BUCKET_BYTES = 256 * 2**20
+"""Largest flat buffer that one all-reduce gets, in bytes; small adapters fit into one."""
+
+
+def broadcast(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every rank the bits of rank 0, in place.
+
+    Args:
+        tensors: the same ones, in the same order, on all ranks; any dtype, on the collectives' device.
+    """
+    import torch.distributed as dist
+
+    for bucket in _buckets([tensor.detach() for tensor in tensors]):
+        flat = _flatten(bucket)
+        dist.broadcast(flat, src=0)
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def average_gradients(parameters: Sequence[torch.nn.Parameter], groups: Sequence[Any]) -> int:
+    """Average the gradients of replicated parameters over the data-parallel ranks, in place.
+
+    A parameter without a gradient on this rank counts as zero where another rank has one, so that
+    all ranks pass the same collectives and then step alike. Averages stay put when averaged again.
+
+    Args:
+        parameters: replicated parameters, the same on all ranks and in the same order.
+        groups: process groups to average over, one after the other; `[None]` is the world.
+
+    Returns:
+        Number of collectives.
+    """
+    import torch
+    import torch.distributed as dist
+
+    collectives = 0
+    size = 1
+    for group in groups:
+        size *= dist.get_world_size(group)
+    for bucket in _buckets(list(parameters)):
+        present = [parameter.grad is not None for parameter in bucket]
+        gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in bucket]
+        flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), gradients[0].new_tensor(present)])
+        for group in groups:
+            dist.all_reduce(flat, group=group)
+            collectives += 1
+        flat.div_(size)
+        *parts, count = flat.split([gradient.numel() for gradient in gradients] + [len(bucket)])
+        torch._foreach_copy_(
+            gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+        )
+        # Reading the counts waits for the device, so only ranks that lack a gradient do it.
+        used = [True] * len(bucket) if all(present) else [share > 0 for share in count.tolist()]
+        for parameter, gradient, anywhere in zip(bucket, gradients, used, strict=True):
+            parameter.grad = gradient if anywhere else None
+    return collectives
+
+
+def compare(names: Sequence[str], tensors: Sequence[torch.Tensor], when: str) -> None:
+    """Raise on all ranks where a replicated tensor does not have the same bits everywhere.
+
+    Args:
+        names: canonical names, for the message.
+        tensors: in the same order on all ranks.
+        when: such as "before saving".
+
+    Raises:
+        AdapterError: names the first tensor that differs.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if not tensors or dist.get_world_size() == 1:
+        return
+    prints = torch.stack([fingerprint(tensor) for tensor in tensors])
+    low, high = prints.clone(), prints
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    differing = (low != high).any(dim=1).nonzero().flatten().tolist()
+    if differing:
+        name = names[differing[0]]
+        raise AdapterError(
+            message(
+                name,
+                f"its bits differ between ranks {when}, as do those of {len(differing) - 1} more of {len(names)} tensors",
+                "Each rank trains an adapter of its own and one of them would be saved",
+                "Step the optimizer on all ranks alike and call backward through the Trainer or Accelerator",
+            ),
+            tensor=name,
+        )
+
+
+def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """Two sums over the bits of a tensor, plain and weighted by position: int64, shape [2]."""
+    import torch
+
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().contiguous().view(width).reshape(-1).to(torch.int64)
+    place = torch.arange(1, bits.numel() + 1, device=bits.device) % 65521
+    return torch.stack([bits.sum(), (bits * place).sum()])
+
+
+def _buckets(tensors: Sequence[Any]) -> Iterator[list[Any]]:
+    """Runs of one dtype and device, none above BUCKET_BYTES unless a single tensor is."""
+    groups: dict[tuple[Any, Any], list[Any]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in groups.values():
+        bucket: list[Any] = []
+        size = 0
+        for tensor in group:
+            nbytes = tensor.numel() * tensor.element_size()
+            if bucket and size + nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(tensor)
+            size += nbytes
+        yield bucket
+
+
+def _flatten(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -1,0 +1,418 @@
+"""One training run of a tiny model on forked ranks, and its comparison with one process.
+
+`check` and the tests share it: the parent imports everything once and forks two ranks for each case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}
+"""Largest relative error of an update, by the lowest precision that takes part in the forward."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a case is trained.
+
+    Attributes:
+        name: for tables.
+        fsdp: version of FSDP; 0 is DDP.
+        dtype: of the base model; amp: mixed precision, "no" or "bf16".
+        storage: "" for an unquantized base, "8bit", or the quant_storage of a 4-bit one.
+        use_orig_params, activation_checkpointing, ram_efficient: of FSDP.
+        accumulation, checkpointing, clip, optim: of the Trainer; clip is max_grad_norm.
+        seeds: give each rank a seed of its own for adapter initialisation.
+    """
+
+    name: str
+    fsdp: int = 2
+    dtype: str = "float32"
+    amp: str = "no"
+    storage: str = ""
+    use_orig_params: bool = True
+    activation_checkpointing: bool = False
+    ram_efficient: bool = False
+    accumulation: int = 1
+    checkpointing: bool = False
+    clip: float = 1.0
+    optim: str = "adamw_torch"
+    state_dict_type: str = "FULL_STATE_DICT"
+
+    @property
+    def tolerance(self) -> float:
+        low = "bfloat16" in (self.dtype, self.storage) or self.amp == "bf16"
+        return TOLERANCE["bfloat16" if low else "float32"]
+
+
+@dataclass
+class Outcome:
+    """What a run gave: an error in one line, or its numbers and the folder of its saved adapter."""
+
+    error: str = ""
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    folder: str = ""
+    collectives: list[int] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Comparison of a run with one process: `error` is "" where it is right."""
+
+    error: str
+    worst: float
+
+    @property
+    def right(self) -> bool:
+        return not self.error
+
+
+STEPS, BATCH, LENGTH, VOCABULARY = 3, 4, 12, 96
+
+
+def tiny_base(folder: Path) -> str:
+    """Write the base model of all cases: a random Llama of two layers, width 64, fp32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def load_base(folder: str, setup: Setup) -> Any:
+    """Load the base as a user would, quantized where the setup says so."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = None
+    if setup.storage == "8bit":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    elif setup.storage:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16 if setup.amp == "bf16" else getattr(torch, setup.dtype),
+            bnb_4bit_quant_storage=getattr(torch, setup.storage),
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, setup.dtype), quantization_config=quantization, attn_implementation="eager"
+    )
+
+
+def nudge(model: Any) -> None:
+    """Move every trainable tensor off its initial value, the same on all ranks, so that all have gradients."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            noise = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.data.add_(noise.to(parameter))
+
+
+def dataset(size: int) -> list[dict[str, Any]]:
+    """Random token sequences; the number of labelled tokens differs from one to the next."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for index in range(size):
+        ids = torch.randint(0, VOCABULARY, (LENGTH,), generator=generator)
+        labels = ids.clone()
+        labels[: index % 5] = -100
+        rows.append({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
+    return rows
+
+
+def arguments(setup: Setup, folder: str, ranks: int) -> Any:
+    """TrainingArguments of a case; one process gets the whole global batch."""
+    import torch
+    from transformers import TrainingArguments
+
+    distributed: dict[str, Any] = {}
+    if ranks > 1 and setup.fsdp:
+        config: dict[str, Any] = {
+            "version": setup.fsdp,
+            "state_dict_type": setup.state_dict_type,
+            "cpu_ram_efficient_loading": setup.ram_efficient,
+            "activation_checkpointing": setup.activation_checkpointing,
+        }
+        if setup.fsdp == 1:
+            config |= {"use_orig_params": setup.use_orig_params, "sync_module_states": torch.cuda.is_available()}
+        distributed = {"fsdp": True, "fsdp_config": config}
+    checkpointing = setup.checkpointing or (setup.activation_checkpointing and not distributed)
+    return TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=BATCH // ranks,
+        gradient_accumulation_steps=setup.accumulation,
+        max_steps=STEPS,
+        learning_rate=1e-2,
+        optim=setup.optim,
+        max_grad_norm=setup.clip,
+        bf16=setup.amp == "bf16",
+        gradient_checkpointing=checkpointing,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend=None if ranks == 1 or torch.cuda.is_available() else "gloo",
+        seed=0,
+        data_seed=0,
+        **distributed,
+    )
+
+
+def train(setup: Setup, configure: Callable[[Any], Any], base: str, folder: str, ranks: int) -> Outcome:
+    """Train and save one case in this process, which is one of `ranks`.
+
+    Args:
+        setup: the case.
+        configure: takes the base model, returns the PEFT model.
+        base: folder of the base model; folder: where the adapter is written.
+        ranks: number of processes.
+    """
+    import torch
+    import transformers
+
+    from trainer_fsdp_patch import cpu
+
+    given = arguments(setup, folder, ranks)
+    if ranks > 1 and setup.fsdp and given.device.type == "cpu":
+        cpu.bridge(given)
+    torch.manual_seed(0)
+    model = configure(load_base(base, setup))
+    nudge(model)
+    recorder = _recorder()
+    trainer = recorder.trainer(
+        model=model,
+        args=given,
+        train_dataset=dataset(STEPS * BATCH * setup.accumulation),
+        callbacks=[recorder],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    if ranks == 1:
+        model.save_pretrained(f"{folder}/init")
+    trainer.train()
+    trainer.save_model(folder)
+    outcome = recorder.outcome
+    outcome.folder = folder
+    outcome.norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    return outcome
+
+
+def _recorder() -> Any:
+    """A callback that keeps what is compared: losses, collectives and the adapter of each step."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from transformers import Trainer, TrainerCallback
+
+    from trainer_fsdp_patch.inventory import canonical
+
+    class Count(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            type(self).total += function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function)
+            return function(*args, **(kwargs or {}))
+
+    class Recorder(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.outcome = Outcome()
+            self.running = 0.0
+            self.trainer = type("RecordingTrainer", (Trainer,), {"training_step": self._training_step})
+
+        def _training_step(recorder, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+            raise NotImplementedError
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.mode = Count()
+            type(self.mode).total = 0
+            self.mode.__enter__()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            self.mode.__exit__(None, None, None)
+            self.outcome.collectives.append(type(self.mode).total)
+            self.outcome.losses.append(self.running)
+            self.running = 0.0
+            self.outcome.steps.append(
+                {
+                    canonical(name): parameter.detach().clone()
+                    for name, parameter in model.named_parameters()
+                    if parameter.requires_grad and type(parameter) is torch.nn.Parameter
+                }
+            )
+
+    recorder = Recorder()
+
+    class RecordingTrainer(Trainer):  # type: ignore[misc]
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            recorder.running += float(loss)
+            return loss
+
+    recorder.trainer = RecordingTrainer
+    return recorder
+
+
+def launch(function: Callable[..., Outcome], *args: Any, ranks: int, timeout: float = 60.0) -> list[Outcome]:
+    """Fork `ranks` processes, run a function in each, and collect what they return.
+
+    Args:
+        function: called as `function(*args, rank)` with the environment of a launcher set.
+        ranks: number of processes; one alone gets no distributed environment.
+        timeout: seconds until the rest is killed; it also ends ranks that wait for one that died.
+
+    Returns:
+        One outcome for each rank; a rank that died or hung has an error.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        children = [
+            context.Process(target=_child, args=(function, args, rank, ranks, port, f"{folder}/{rank}"))
+            for rank in range(ranks)
+        ]
+        for child in children:
+            child.start()
+        _wait(children, timeout)
+        return [_read(Path(f"{folder}/{rank}")) for rank in range(ranks)]
+
+
+def _wait(children: list[Any], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while any(child.is_alive() for child in children):
+        if any(child.exitcode not in (None, 0) for child in children):
+            deadline = min(deadline, time.monotonic() + 3)
+        if time.monotonic() > deadline:
+            for child in children:
+                child.kill()
+        time.sleep(0.02)
+    for child in children:
+        child.join()
+
+
+def _read(path: Path) -> Outcome:
+    if not path.exists():
+        return Outcome(error="hung: it waited for another rank until it was killed")
+    outcome: Outcome = pickle.loads(path.read_bytes())
+    return outcome
+
+
+def _child(function: Callable[..., Outcome], args: tuple[Any, ...], rank: int, ranks: int, port: int, path: str) -> None:
+    if ranks > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_BYPASS_DEVICE_MAP="true",
+        )  # fmt: skip
+    log = os.open(f"{path}.log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 0
+    try:
+        outcome = function(*args, rank)
+    except BaseException as error:
+        first = (str(error).strip() or "no text").splitlines()[0]
+        outcome, code = Outcome(error=f"{type(error).__name__}: {first}"), 1
+        outcome.extra["traceback"] = traceback.format_exc()
+    Path(f"{path}.part").write_bytes(pickle.dumps(outcome))
+    os.replace(f"{path}.part", path)
+    os._exit(code)
+
+
+def run(
+    setup: Setup, configure: Callable[[Any], Any], base: str, folder: Path, *, ranks: int = 2, patched: bool = True
+) -> Outcome:
+    """Train one case on forked ranks; losses are averaged over them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = launch(_one, setup, configure, base, str(folder), ranks, patched, ranks=ranks)
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if failed:
+        return next((outcome for outcome in failed if "hung" not in outcome.error), failed[0])
+    losses = [sum(step) / ranks for step in zip(*(outcome.losses for outcome in outcomes), strict=True)]
+    return dataclasses.replace(outcomes[0], losses=losses)
+
+
+def _one(
+    setup: Setup, configure: Callable[[Any], Any], base: str, folder: str, ranks: int, patched: bool, rank: int
+) -> Outcome:
+    import warnings
+
+    import torch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if patched:
+        import trainer_fsdp_patch
+
+        trainer_fsdp_patch.patch(strict=True)
+    return train(setup, configure, base, folder, ranks)
+
+
+def compare(case: Outcome, reference: Outcome, setup: Setup) -> Verdict:
+    """Whether a run trained and saved what one process did.
+
+    The error of a tensor is the norm of the difference of the two results over the norm of the
+    reference's update; that of losses and gradient norms is relative.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    if case.error:
+        return Verdict(case.error, float("nan"))
+    first, last = (load_file(f"{reference.folder}{part}/adapter_model.safetensors") for part in ("/init", ""))
+    try:
+        saved = load_file(f"{case.folder}/adapter_model.safetensors")
+    except FileNotFoundError:
+        return Verdict("no adapter file was written", float("nan"))
+    missing = sorted(set(last) ^ set(saved))
+    if missing:
+        return Verdict(f"{len(missing)} of {len(last)} keys missing or foreign, such as {missing[0]}", float("nan"))
+    worst = 0.0
+    update = torch.cat([(last[key].float() - first[key].float()).flatten() for key in last]).norm()
+    for key, wanted in last.items():
+        if saved[key].shape != wanted.shape or saved[key].dtype != wanted.dtype:
+            return Verdict(f"{key} is {saved[key].dtype} {list(saved[key].shape)}", float("nan"))
+        own = (wanted.float() - first[key].float()).norm()
+        difference = (saved[key].float() - wanted.float()).norm()
+        if own == 0 and difference > 0:
+            return Verdict(f"{key} is frozen and was changed", float("nan"))
+        if own > 0:
+            worst = max(worst, float(difference / own))
+    assert update > 0, "the reference did not train"
+    for values, wanted_values in ((case.losses, reference.losses), (case.norms, reference.norms)):
+        for value, wanted_value in zip(values, wanted_values, strict=True):
+            worst = max(worst, abs(value - wanted_value) / max(abs(wanted_value), 1e-12))
+    if not worst <= setup.tolerance:
+        return Verdict(f"off by {worst:.1e} of the update", worst)
+    return Verdict("", worst)

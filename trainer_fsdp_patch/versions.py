@@ -1,0 +1,56 @@
+"""Installed versions and version ranges: the only place that touches packaging and importlib.metadata."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packaging.version import Version
+
+NEWEST_TESTED = {
+    "accelerate": "1.15.0",
+    "bitsandbytes": "0.50.2",
+    "peft": "0.21.2",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+}
+"""Newest release of each target that the test matrix of this package has run on."""
+
+
+@functools.lru_cache(maxsize=None)
+def installed(package: str) -> Version | None:
+    """Version of an installed distribution, or None where it is absent or its metadata is unreadable."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return Version(importlib.metadata.version(package))
+    except (importlib.metadata.PackageNotFoundError, InvalidVersion, TypeError):
+        return None
+
+
+def package_of(requirement: str) -> str:
+    """Distribution that a range such as `accelerate>=1.6.dev0,<1.15.dev0` speaks of."""
+    from packaging.requirements import Requirement
+
+    return Requirement(requirement).name
+
+
+def matches(requirement: str, version: Version) -> bool:
+    """Whether a version lies in a range; pre-releases and local versions count like any other.
+
+    The default for pre-releases changed in packaging 26.0, so it is always passed.
+    """
+    from packaging.requirements import Requirement
+
+    return Requirement(requirement).specifier.contains(version, prereleases=True)
+
+
+def newer_than_tested(package: str) -> bool:
+    """Whether the installed release is newer than the newest one tested."""
+    from packaging.version import Version
+
+    version = installed(package)
+    tested = NEWEST_TESTED.get(package)
+    return version is not None and tested is not None and Version(version.public) > Version(tested)

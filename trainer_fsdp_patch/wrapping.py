@@ -1,0 +1,147 @@
+"""Wraps seams with wrapt: all of a patch or nothing, and back to identity."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from trainer_fsdp_patch.errors import PatchError
+
+WrapperFunction = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
+_ABSENT = object()
+
+
+class PatchWrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
+    """Our wrapper, told from anybody else's by its type."""
+
+
+@dataclass
+class Seam:
+    """One upstream name, the parameters that it must have, and what is put around it.
+
+    Args:
+        path: dotted path inside the target module, such as `Trainer._wrap_model`.
+        parameters: names of the parameters of the upstream function, in order.
+        function: wrapper in wrapt's four-argument form.
+        enabled: asked at each call whether the wrapper is to act.
+    """
+
+    path: str
+    parameters: tuple[str, ...]
+    function: WrapperFunction
+    enabled: Callable[[], bool] = lambda: True
+    live: bool = False
+    foreign: str = ""
+    _wrapper: PatchWrapper | None = None
+    _entry: tuple[Any, str, Any] | None = field(default=None, repr=False)
+
+    def is_active(self) -> bool:
+        return self.live and self.enabled()
+
+
+def resolve(module: ModuleType, path: str) -> tuple[Any, str, Any]:
+    """Parent, attribute name and raw attribute (a staticmethod stays one) of a dotted path.
+
+    Raises:
+        AttributeError: the module has no such path.
+    """
+    parent, attribute, original = wrapt.resolve_path(module, path)
+    return parent, str(attribute), original
+
+
+def check(module: ModuleType, seam: Seam) -> None:
+    """Refuse a seam that is missing or that takes other parameters than the patch was written for.
+
+    Raises:
+        PatchError: with what was found in its place.
+    """
+    try:
+        original = resolve(module, seam.path)[2]
+    except AttributeError:
+        raise PatchError(f"{module.__name__} has no {seam.path}", found="nothing") from None
+    function = getattr(original, "__func__", original)
+    try:
+        found = tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError) as error:
+        raise PatchError(f"{module.__name__}.{seam.path} is not a function", found=repr(original)) from error
+    if found != seam.parameters:
+        wanted = ", ".join(seam.parameters)
+        raise PatchError(
+            f"{module.__name__}.{seam.path} takes ({', '.join(found)}), the patch knows ({wanted})",
+            found=", ".join(found),
+        )
+    owner = (getattr(inspect.unwrap(function), "__module__", None) or "").split(".")[0]
+    direct = (getattr(function, "__module__", None) or "").split(".")[0]
+    home = module.__name__.split(".")[0]
+    seam.foreign = "" if {owner, direct} <= {home, "trainer_fsdp_patch"} else direct or owner
+
+
+def apply(module: ModuleType, seams: Iterable[Seam]) -> None:
+    """Wrap every seam, or leave all of them as they were.
+
+    Raises:
+        PatchError: a seam is missing or has another signature.
+    """
+    seams = [seam for seam in seams if not seam.live]
+    for seam in seams:
+        check(module, seam)
+    done: list[Seam] = []
+    try:
+        for seam in seams:
+            _write(module, seam)
+            done.append(seam)
+    except BaseException:
+        undo(done)
+        raise
+
+
+def _write(module: ModuleType, seam: Seam) -> None:
+    parent, attribute, original = resolve(module, seam.path)
+    seam.live = True
+    if seam._wrapper is not None and _carries(original, seam._wrapper):
+        return
+    wrapper = PatchWrapper(original, seam.function, enabled=seam.is_active)
+    seam._entry = (parent, attribute, vars(parent).get(attribute, _ABSENT))
+    seam._wrapper = wrapper
+    setattr(parent, attribute, wrapper)
+
+
+def _carries(function: Any, wrapper: PatchWrapper) -> bool:
+    """Whether somebody else's wrapper still has ours, silenced by an earlier undo, inside."""
+    while function is not None:
+        if function is wrapper:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def undo(seams: Iterable[Seam]) -> None:
+    """Put back the raw attributes; where somebody wrapped on top of us, go silent and leave theirs."""
+    for seam in reversed(list(seams)):
+        seam.live = False
+        if seam._entry is None:
+            continue
+        parent, attribute, before = seam._entry
+        if vars(parent).get(attribute) is not seam._wrapper:
+            continue
+        if before is _ABSENT:
+            delattr(parent, attribute)
+        else:
+            setattr(parent, attribute, before)
+        seam._entry = seam._wrapper = None
+
+
+def depth(function: Any) -> int:
+    """Number of our wrappers around a function, live or silent."""
+    count = 0
+    while function is not None:
+        count += type(function).__name__ in ("PatchWrapper", "BoundFunctionWrapper") and isinstance(
+            function, (PatchWrapper, wrapt.BoundFunctionWrapper)
+        )
+        function = getattr(function, "__wrapped__", None)
+    return count
