@@ -174,6 +174,8 @@ def arguments(setup: Setup, folder: str, ranks: int) -> Any:
         gradient_accumulation_steps=setup.accumulation,
         max_steps=STEPS,
         learning_rate=1e-2,
+        # With the default, Adam steps by the sign of gradients near zero, where bf16 decides the sign.
+        adam_epsilon=1e-3,
         optim=setup.optim,
         max_grad_norm=setup.clip,
         bf16=setup.amp == "bf16",
