@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import checkpoint, inventory, planning, sync
-from trainer_fsdp_patch.errors import AdapterError, PlanError, message
+from trainer_fsdp_patch.errors import AdapterError, PlanError, TrainerFsdpPatchWarning, message
 from trainer_fsdp_patch.prepared import Prepared, keep, prepared_for
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trainer_fsdp_patch")
 
 _ASKED = "_trainer_fsdp_patch_asked"
+_IGNORED = "_trainer_fsdp_patch_ignored"
+_POLICY = "_trainer_fsdp_patch_policy"
 _LOCAL = {"auto_mapping", "base_model_name_or_path", "revision"}
 """Entries of an adapter's configuration that may differ between machines."""
 
@@ -33,24 +37,21 @@ def record(plugin: Any, asked: dict[str, Any]) -> None:
     Raises:
         PlanError: an argument can never be right; nothing is prepared yet.
     """
-    asked = {name: value for name, value in asked.items() if value is not None}
-    ignored = asked.get("ignored_modules")
-    if ignored is not None and not isinstance(ignored, str):
-        from torch import nn
+    setattr(plugin, _ASKED, {name for name, value in asked.items() if value is not None})
+    if plugin.ignored_modules is not None and not isinstance(plugin.ignored_modules, str):
+        plugin.ignored_modules = planning.modules_only(plugin.ignored_modules)
+    if plugin.fsdp_version == 2 and asked.get("use_orig_params") is False:
+        _warn_orig_params()
 
-        ignored = asked["ignored_modules"] = plugin.ignored_modules = list(ignored)
-        strangers = [entry for entry in ignored if not isinstance(entry, nn.Module)]
-        if strangers:
-            raise PlanError(
-                message(
-                    "ignored_modules",
-                    f"{strangers[0]!r} is a {type(strangers[0]).__name__}",
-                    "FSDP ignores modules only",
-                    "Give a list of modules, or one regular expression of their full names",
-                ),
-                setting="ignored_modules",
-            )
-    setattr(plugin, _ASKED, asked)
+
+def _warn_orig_params() -> None:
+    text = message(
+        "use_orig_params",
+        "False is asked for with FSDP2, which always keeps the original parameters",
+        "It has no effect, and the run is right without it",
+        "Leave it out, or set fsdp_version to 1",
+    )
+    warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=4)
 
 
 def prepare(trainer: Any, model: Any) -> Prepared | None:
@@ -75,13 +76,15 @@ def prepare(trainer: Any, model: Any) -> Prepared | None:
         return prepared
     refuse_wrapped(model)
     plugin = accelerator.state.fsdp_plugin
-    asked = getattr(plugin, _ASKED, {})
-    plan = plan_for(model, accelerator, plugin, asked)
+    if plugin.fsdp_version == 2 and str((trainer.args.fsdp_config or {}).get("use_orig_params")).lower() == "false":
+        _warn_orig_params()
+    explicit = explicit_policy(accelerator, plugin)
+    plan = plan_for(model, accelerator, plugin, explicit)
     prepared = Prepared(model, plan, data_parallel_groups(accelerator))
     agree(prepared)
     checkpoint.expect(model, prepared)
     place(prepared, accelerator.device)
-    _set_flags(prepared, plugin, asked)
+    _set_flags(prepared, plugin, explicit)
     keep(model, prepared)
     if accelerator.is_main_process:
         logger.info("FSDP%d: %s.", plan.fsdp_version, plan.summary())
@@ -112,16 +115,43 @@ def refuse_wrapped(model: Any) -> None:
         )
 
 
-def plan_for(model: Any, accelerator: Any, plugin: Any, asked: dict[str, Any]) -> Plan:
-    """Plan from accelerate's plugin and what the user gave it explicitly."""
-    policy = asked.get("mixed_precision_policy") and plugin.mixed_precision_policy
+def explicit_policy(accelerator: Any, plugin: Any) -> Any:
+    """The plugin's mixed-precision policy where a user gave it, or None where accelerate or we made it."""
+    policy = plugin.mixed_precision_policy
+    if policy is None or policy is getattr(plugin, _POLICY, None):
+        return None
+    if "mixed_precision_policy" in getattr(plugin, _ASKED, ()):
+        return policy
+    default = copy.copy(plugin)
+    default.mixed_precision_policy = None
+    if accelerator.mixed_precision != "no":
+        default.set_mixed_precision(accelerator.mixed_precision)
+    return None if policy == default.mixed_precision_policy else policy
+
+
+def user_ignored(plugin: Any) -> Any:
+    """The user's ignored modules, also after we have put ours beside them."""
+    ours, users = getattr(plugin, _IGNORED, (None, None))
+    return users if ours is not None and plugin.ignored_modules is ours else plugin.ignored_modules
+
+
+def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
+    """Plan from accelerate's plugin.
+
+    Args:
+        model: with its adapter; accelerator, plugin: accelerate's.
+        policy: the user's own mixed-precision policy, or None.
+
+    Raises:
+        PlanError: a setting contradicts the model.
+    """
     dtype = getattr(policy, "param_dtype", None)
     plan = planning.make_plan(
         model,
         fsdp_version=plugin.fsdp_version,
         mixed_precision=accelerator.mixed_precision,
         use_orig_params=plugin.use_orig_params,
-        ignored_modules=asked.get("ignored_modules"),
+        ignored_modules=user_ignored(plugin),
         param_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         units=plugin.transformer_cls_names_to_wrap,
     )
@@ -173,11 +203,12 @@ def agree(prepared: Prepared) -> None:
     """
     import torch.distributed as dist
 
-    model = prepared.model()
-    items = [(item.tensor.name, (item.tensor.shape, item.tensor.dtype, item.tensor.role)) for item in prepared.plan.set_aside]
-    for adapter, config in getattr(model, "peft_config", {}).items():
+    items: list[tuple[str, Any]] = []
+    for adapter, config in getattr(prepared.model(), "peft_config", {}).items():
         values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
         items += [(f"peft_config[{adapter!r}].{key}", _plain(values[key])) for key in sorted({*values} - _LOCAL)]
+    tensors = [item.tensor for item in prepared.plan.set_aside]
+    items += [(tensor.name, (tensor.shape, tensor.dtype, tensor.role)) for tensor in tensors]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, items)
     first = dict(everyone[0])
@@ -231,19 +262,23 @@ def place(prepared: Prepared, device: Any) -> None:
     sync.compare(prepared.names, prepared.tensors, "after the broadcast")
 
 
-def _set_flags(prepared: Prepared, plugin: Any, asked: dict[str, Any]) -> None:
+def _set_flags(prepared: Prepared, plugin: Any, explicit: Any) -> None:
     """Dtypes and ignored modules on accelerate's plugin; FSDP1 takes the latter as modules."""
     import torch
 
     plan = prepared.plan
     policy = plugin.mixed_precision_policy
-    if policy is not None and not asked.get("mixed_precision_policy"):
+    if policy is not None and explicit is None:
         dtype = None if plan.param_dtype is None else getattr(torch, plan.param_dtype)
         # FSDP1 would round RoPE tables and projections in place, FSDP2 the loss: None leaves both alone.
         spared = {"buffer_dtype": None} if plan.fsdp_version == 1 else {"output_dtype": None}
-        plugin.mixed_precision_policy = dataclasses.replace(policy, param_dtype=dtype, reduce_dtype=dtype, **spared)
+        policy = dataclasses.replace(policy, param_dtype=dtype, reduce_dtype=dtype, **spared)
+        plugin.mixed_precision_policy = policy
+        setattr(plugin, _POLICY, policy)
     if plan.fsdp_version == 1:
+        users = user_ignored(plugin)
         plugin.ignored_modules = [_holder(prepared.tensors)]
+        setattr(plugin, _IGNORED, (plugin.ignored_modules, users))
 
 
 def _holder(tensors: Sequence[Any]) -> Any:

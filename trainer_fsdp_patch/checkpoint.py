@@ -167,7 +167,17 @@ def prove(model: Any, found: dict[str, Any], prepared: Prepared) -> None:
         AdapterError: on all ranks, naming the first key that is missing or too much.
     """
     for adapter, entry in keys(model, found).items():
-        differing = sorted(set(entry) ^ prepared.expected.get(adapter, set(entry)))
+        if adapter not in prepared.expected:
+            raise AdapterError(
+                message(
+                    f"adapter {adapter!r}",
+                    "was added after the model was prepared for FSDP",
+                    "Nothing was written: its tensors are unknown here, and were never averaged",
+                    "Add adapters before Trainer.train() is called, or delete it before saving",
+                ),
+                tensor=adapter,
+            )
+        differing = sorted(set(entry) ^ prepared.expected[adapter])
         if differing:
             raise AdapterError(
                 message(

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from trainer_fsdp_patch import inventory
 from trainer_fsdp_patch.errors import PlanError, message
@@ -159,7 +159,7 @@ def user_ignored(model: Any, ignored: str | Iterable[Any] | None) -> set[str]:
     if isinstance(ignored, str):
         chosen = _matching(modules, ignored)
     else:
-        chosen = list(ignored)
+        chosen = modules_only(ignored)
         inside = {id(module) for module in modules.values()}
         strangers = [module for module in chosen if id(module) not in inside]
         if strangers:
@@ -181,7 +181,22 @@ def _matching(modules: dict[str, Any], expression: str) -> list[Any]:
     return chosen
 
 
-def _refuse_ignored(found: str) -> None:
+def modules_only(ignored: Iterable[Any]) -> list[Any]:
+    """The user's ignored modules as a list.
+
+    Raises:
+        PlanError: an entry is something else than a module.
+    """
+    from torch import nn
+
+    ignored = list(ignored)
+    for entry in ignored:
+        if not isinstance(entry, nn.Module):
+            _refuse_ignored(f"{entry!r} is a {type(entry).__name__} and no module")
+    return ignored
+
+
+def _refuse_ignored(found: str) -> NoReturn:
     raise PlanError(
         message(
             "ignored_modules",

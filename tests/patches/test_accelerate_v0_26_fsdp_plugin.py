@@ -1,0 +1,35 @@
+"""What a user gave the plugin has to be told from what accelerate fills in."""
+
+import accelerate.utils.dataclasses as target
+import torch
+from faults import canary
+from torch.distributed.fsdp import MixedPrecision
+
+import trainer_fsdp_patch
+from trainer_fsdp_patch import applying
+
+
+class Accelerator:
+    mixed_precision = "bf16"
+
+
+def test_canary() -> None:
+    canary("accelerate_v0_26_fsdp_plugin")
+
+
+def test_an_explicit_policy_is_told_from_the_default_that_it_equals() -> None:
+    policy = MixedPrecision(torch.bfloat16, torch.bfloat16, torch.bfloat16)
+    stock = target.FullyShardedDataParallelPlugin(fsdp_version=1, mixed_precision_policy=policy)
+    assert applying.explicit_policy(Accelerator, stock) is None
+    trainer_fsdp_patch.patch()
+    explicit = target.FullyShardedDataParallelPlugin(fsdp_version=1, mixed_precision_policy=policy)
+    assert applying.explicit_policy(Accelerator, explicit) is policy
+
+
+def test_a_policy_set_after_init_is_the_users_too() -> None:
+    trainer_fsdp_patch.patch()
+    plugin = target.FullyShardedDataParallelPlugin(fsdp_version=1)
+    plugin.set_mixed_precision("bf16")
+    assert applying.explicit_policy(Accelerator, plugin) is None
+    plugin.mixed_precision_policy = MixedPrecision(torch.float32)
+    assert applying.explicit_policy(Accelerator, plugin) is plugin.mixed_precision_policy

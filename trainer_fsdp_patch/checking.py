@@ -1,0 +1,83 @@
+"""`python -m trainer_fsdp_patch check`: trains VeRA on two ranks, stock and patched, beside one process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trainer_fsdp_patch import trial
+from trainer_fsdp_patch.trial import Setup
+
+SETUPS = (
+    Setup("FSDP1, fp32", fsdp=1),
+    Setup("FSDP1, use_orig_params false", fsdp=1, use_orig_params=False),
+    Setup("FSDP1, bf16 mixed precision", fsdp=1, amp="bf16"),
+    Setup("FSDP2, fp32", fsdp=2),
+    Setup("FSDP2, bf16 mixed precision", fsdp=2, amp="bf16"),
+    Setup("FSDP2, RAM-efficient loading", fsdp=2, ram_efficient=True),
+)
+
+
+def vera(model: Any) -> Any:
+    """The adapter that this project began with: two shared projections, two vectors a layer."""
+    from peft import VeraConfig, get_peft_model
+
+    config = VeraConfig(r=8, target_modules=["q_proj", "o_proj"], projection_prng_key=1, d_initial=0.1)
+    return get_peft_model(model, config)
+
+
+def ranks() -> int:
+    """One nccl rank for each GPU where there are two or more, else two gloo ranks on the CPU."""
+    import torch
+
+    # NVML counts without a CUDA context, which forked ranks could not use.
+
+    return max(2, torch.cuda.device_count())
+
+
+def check() -> int:
+    """Run every set-up stock and patched, print the table, and return 0 only if every patched cell is right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import_targets()
+    table = Table(title=f"VeRA on {ranks()} ranks beside one process", title_justify="left")
+    for column in ("set-up", "stock", "patched", "relative error"):
+        table.add_column(column, overflow="fold")
+    wrong = 0
+    with tempfile.TemporaryDirectory() as folder:
+        base = str(trial.launch(_base, f"{folder}/base", ranks=1)[0].folder)
+        for setup in SETUPS:
+            where = Path(folder) / setup.name.replace(" ", "_")
+            one = trial.run(setup, vera, base, where / "one", ranks=1, patched=False)
+            cells = [
+                trial.compare(trial.run(setup, vera, base, where / side, ranks=ranks(), patched=side == "patched"), one, setup)
+                for side in ("stock", "patched")
+            ]
+            wrong += not cells[1].right
+            table.add_row(setup.name, *(cell.error or "right" for cell in cells), f"{cells[1].worst:.1e}")
+    Console(width=None if Console().is_terminal else 140).print(table)
+    return int(wrong > 0)
+
+
+def _base(folder: str, rank: int) -> trial.Outcome:
+    return trial.Outcome(folder=trial.tiny_base(Path(folder)))
+
+
+def import_targets() -> None:
+    """Import once what every forked rank needs; the parent computes nothing, so that it can be forked."""
+    import warnings
+
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import peft  # noqa: F401
+        import transformers.trainer
+        from transformers import LlamaForCausalLM  # noqa: F401
+    torch.set_num_threads(1)

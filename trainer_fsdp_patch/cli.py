@@ -1,0 +1,57 @@
+"""Command line: `check` trains two ranks, `status` lists the patches."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments behind the program's name; None takes those of the process.
+
+    Returns:
+        The exit code: of `check`, 0 only if every patched cell is right.
+    """
+    parser = argparse.ArgumentParser(prog="python -m trainer_fsdp_patch", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check", help="train a tiny VeRA on two ranks, stock and patched, beside one process")
+    status = commands.add_parser("status", help="which patches concern what is installed")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    given = parser.parse_args(argv)
+    if given.command == "check":
+        from trainer_fsdp_patch import checking
+
+        return checking.check()
+    return _status(as_json=given.json)
+
+
+def _status(*, as_json: bool) -> int:
+    """Import the targets, patch, and print the state of every patch; 1 where one failed."""
+    import trainer_fsdp_patch
+    from trainer_fsdp_patch import checking, versions
+
+    trainer_fsdp_patch.patch()
+    checking.import_targets()
+    states = trainer_fsdp_patch.status()
+    found = {package: str(versions.installed(package)) for package in versions.NEWEST_TESTED}
+    if as_json:
+        sys.stdout.write(json.dumps({"installed": found, "patches": [dataclasses.asdict(s) for s in states]}) + "\n")
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=", ".join(f"{name} {version}" for name, version in found.items()), title_justify="left")
+        for column in ("patch", "state", "versions", "effect"):
+            table.add_column(column, overflow="fold")
+        for state in states:
+            text = f"{state.state}: {state.reason}" if state.reason else state.state
+            text += f" (replaced before us by {state.foreign})" if state.foreign else ""
+            table.add_row(state.name, text, state.versions, state.effect)
+        Console(width=None if Console().is_terminal else 140).print(table)
+    return int(any(state.state == "failed" for state in states))
