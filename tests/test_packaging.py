@@ -1,0 +1,96 @@
+"""The built wheel and sdist, and the checkout, all hold and import the patches."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PATCHES = sorted(path.name for path in (ROOT / "patches").glob("*.py"))
+IMPORT = "import trainer_fsdp_patch.patches as p; print(p.__file__, *[s.name for s in __import__('trainer_fsdp_patch').status()])"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the sdist and the wheel made from it."""
+    source = tmp_path_factory.mktemp("source") / "project"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", ".*_cache"))
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(source)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return folder
+
+
+def test_the_wheel_holds_every_patch_and_nothing_else_at_the_top(built: Path) -> None:
+    [wheel] = built.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert sorted(name.split("/")[-1] for name in names if name.startswith("trainer_fsdp_patch/patches/")) == PATCHES
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"trainer_fsdp_patch"}
+    assert "trainer_fsdp_patch/py.typed" in names
+    assert not any("tests" in name for name in names)
+
+
+def test_the_sdist_holds_every_patch(built: Path) -> None:
+    [sdist] = built.glob("*.tar.gz")
+    names = tarfile.open(sdist).getnames()
+    assert sorted(name.split("/")[-1] for name in names if name.split("/")[1:2] == ["patches"] and "." in name) == PATCHES
+
+
+@pytest.mark.parametrize("how", ["wheel", "editable", "editable-strict"])
+def test_installed(built: Path, tmp_path: Path, how: str) -> None:
+    venv.create(tmp_path / "v", with_pip=True, system_site_packages=False)
+    interpreter = tmp_path / "v/bin/python"
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", ".*_cache"))
+    [wheel] = built.glob("*.whl")
+    what = {
+        "wheel": [str(wheel)],
+        "editable": ["-e", str(source)],
+        "editable-strict": ["-e", str(source), "--config-settings", "editable_mode=strict"],
+    }[how]
+    subprocess.run([str(interpreter), "-m", "pip", "install", "-q", *what], check=True, capture_output=True)
+    folders = [tmp_path] if how == "wheel" else [tmp_path, source]
+    for folder in folders:
+        printed = subprocess.run(
+            [str(interpreter), "-c", IMPORT],
+            cwd=folder, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""},
+        ).stdout  # fmt: skip
+        assert "accelerate_v0_26_backward" in printed
+        assert ("site-packages" in printed) == (how == "wheel")
+
+
+def test_straight_from_the_checkout(python: Callable[..., str]) -> None:
+    assert "accelerate_v0_26_backward" in python(IMPORT)
+
+
+def test_a_second_copy_of_the_patches_is_refused(python: Callable[..., str]) -> None:
+    code = "try:\n    import patches\nexcept ImportError as error:\n    print(error)"
+    assert python(code) == "import trainer_fsdp_patch.patches, not patches: a second copy would patch twice"
+
+
+def test_setup_cfg_lists_what_is_on_disk() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    packages = config["options"]["packages"].split()
+    assert packages == ["trainer_fsdp_patch", "trainer_fsdp_patch.patches"]
+    assert not [path for path in (ROOT / "patches").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    modules = {path.stem for path in (ROOT / "patches").glob("*.py")} - {"__init__"}
+    assert {path.stem.removeprefix("test_") for path in (ROOT / "tests/patches").glob("test_*.py")} == modules
+
+
+def test_readme_lists_the_patches_as_declared() -> None:
+    import trainer_fsdp_patch
+    from trainer_fsdp_patch import cli
+
+    assert cli.markdown(trainer_fsdp_patch.status()) in (ROOT / "README.md").read_text()

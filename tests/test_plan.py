@@ -1,0 +1,134 @@
+"""Plans of tiny models: roles, placements, flags and their reasons; meta tensors and no process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from matrix import METHODS
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import trainer_fsdp_patch
+from trainer_fsdp_patch import inventory
+from trainer_fsdp_patch.errors import PlanError
+
+
+def llama(device: str = "cpu") -> Any:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with torch.device(device):
+        return LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, **sizes))
+
+
+def roles(plan: Any) -> dict[str, str]:
+    return {item.tensor.name: item.tensor.role for item in plan.placements}
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A")
+@pytest.mark.parametrize("method", METHODS)
+def test_the_adapter_is_replicated_and_the_base_sharded(method: str) -> None:
+    model = METHODS[method](llama())
+    plan = trainer_fsdp_patch.plan(model)
+    for item in plan.placements:
+        tensor = item.tensor
+        assert (tensor.role == "adapter") == tensor.trainable
+        if tensor.role in ("adapter", "projection"):
+            assert tensor.owned
+            assert item.placement == "replicate"
+        elif tensor.kind == "parameter":
+            assert (tensor.role, item.placement) == ("base", "shard")
+    assert plan.nbytes("shard") == sum(p.numel() * 4 for p in llama().parameters())
+
+
+def test_vera_in_detail() -> None:
+    plan = trainer_fsdp_patch.plan(METHODS["vera"](llama()))
+    found = {item.tensor.name: item.tensor for item in plan.placements}
+    projection = found["base_model.vera_A.default"]
+    assert (projection.kind, projection.role, len(projection.names)) == ("buffer", "projection", 1)
+    assert found["base_model.model.model.layers.1.self_attn.q_proj.vera_lambda_b.default"].role == "adapter"
+    assert plan.use_orig_params is None
+    assert plan.summary() == "shard 0.3 MiB (21 base); replicate 0.0 MiB (8 adapter, 2 base, 2 projection)"
+
+
+def test_a_plan_reads_meta_tensors_and_changes_nothing() -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    model = peft.get_peft_model(llama("meta"), config, low_cpu_mem_usage=True)
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    plan = trainer_fsdp_patch.plan(model, fsdp_version=1, mixed_precision="bf16")
+    assert len(plan.set_aside) == 4
+    assert (plan.use_orig_params, plan.param_dtype, plan.autocast) == (True, "bfloat16", "bfloat16")
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+
+
+def test_modules_to_save_and_the_frozen_original() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertForSequenceClassification(BertConfig(vocab_size=50, **sizes))
+    config = peft.VeraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    found = roles(trainer_fsdp_patch.plan(peft.get_peft_model(model, config)))
+    assert found["base_model.model.classifier.modules_to_save.default.weight"] == "adapter"
+    assert found["base_model.model.classifier.original_module.weight"] == "base"
+
+
+def test_an_inactive_adapter_is_replicated_too() -> None:
+    model = METHODS["lora"](llama())
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["v_proj"]))
+    plan = trainer_fsdp_patch.plan(model)
+    other = [item for item in plan.placements if ".other." in item.tensor.name]
+    assert {(item.tensor.role, item.placement) for item in other} == {("projection", "replicate")}
+
+
+def test_the_smaller_part_of_a_mixed_fsdp1_unit_stays_whole() -> None:
+    """QLoRA recipes cast the norms to fp32 and leave the rest in bf16; FSDP1 takes one dtype a unit."""
+    model = llama().to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float()
+    model = METHODS["lora"](model)
+    odd = [item for item in trainer_fsdp_patch.plan(model, fsdp_version=1).set_aside if item.tensor.role == "base"]
+    assert len(odd) == 5
+    assert all("FSDP1 takes one dtype" in item.reason and "norm" in item.tensor.name for item in odd)
+    assert not [item for item in trainer_fsdp_patch.plan(model).set_aside if item.tensor.role == "base"]
+
+
+def packed(dtype: torch.dtype) -> Any:
+    """LoRA on a base one of whose weights is stored as bitsandbytes stores 4 bits."""
+    model = METHODS["lora"](llama())
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(torch.zeros(2048, 1).to(dtype), requires_grad=False)
+    layer.weight.quant_state = object()
+    return model
+
+
+def test_integer_storage_is_replicated() -> None:
+    plan = trainer_fsdp_patch.plan(packed(torch.uint8))
+    [item] = [item for item in plan.placements if item.tensor.role == "quantized"]
+    assert (item.placement, "stored as uint8" in item.reason) == ("replicate", True)
+
+
+def test_float_storage_decides_the_dtype_of_units() -> None:
+    plan = trainer_fsdp_patch.plan(packed(torch.float32), mixed_precision="bf16")
+    assert (plan.param_dtype, plan.autocast) == ("float32", "bfloat16")
+    assert plan.reasons[0].startswith("param_dtype is float32, not bfloat16")
+    assert trainer_fsdp_patch.plan(packed(torch.bfloat16), mixed_precision="bf16").reasons == ()
+
+
+def test_a_users_param_dtype_that_would_change_packed_bytes_is_refused() -> None:
+    with pytest.raises(PlanError, match="The cast would change the packed bytes. Use float32 for both"):
+        trainer_fsdp_patch.plan(packed(torch.float32), mixed_precision="bf16", param_dtype="bfloat16")
+
+
+def test_ignored_modules_of_the_user() -> None:
+    model = METHODS["vera"](llama())
+    plan = trainer_fsdp_patch.plan(model, ignored_modules=".*mlp")
+    users = {item.tensor.name for item in plan.placements if item.reason == "in the user's ignored_modules"}
+    assert len(users) == 6
+    assert all(".mlp." in name for name in users)
+
+
+def test_canonical_names() -> None:
+    for name in ("_fsdp_wrapped_module.a._checkpoint_wrapped_module.b.weight", "_orig_mod.a.b.weight", "a.b.weight"):
+        assert inventory.canonical(name) == "a.b.weight"
+    assert inventory.canonical("_fsdp_wrapped_module") == ""
+    assert inventory.canonical("my_orig_mod.a") == "my_orig_mod.a"

@@ -1,0 +1,145 @@
+"""Ranges, states, names, switches, and what happens at the edge of what was tested."""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from packaging.version import Version
+
+import trainer_fsdp_patch
+from trainer_fsdp_patch import registry, versions
+from trainer_fsdp_patch.errors import PatchError, TrainerFsdpPatchWarning
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Makes a patch of a made-up package, alone in the registry."""
+    patches: dict[str, registry.Patch] = {}
+    found: dict[str, Version] = {}
+    monkeypatch.setattr(registry, "discover", lambda: patches)
+    monkeypatch.setattr(versions, "installed", found.get)
+    monkeypatch.setitem(versions.NEWEST_TESTED, "upstream", "2.0")
+
+    def make(name: str, version: str = "2.0", parameters: tuple[str, ...] = ("value",), **settings: Any) -> Any:
+        module = types.ModuleType(f"trainer_fsdp_patch.patches.{name}")
+        module.__doc__ = "Doubles it.\n\nUpstream: https://example.org/1"
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        target: Any = types.ModuleType("upstream_of_tests")
+        target.function = eval("lambda value: value", {"__name__": "upstream_of_tests"})
+        monkeypatch.setitem(sys.modules, "upstream_of_tests", target)
+        settings = {"versions": "upstream>=1.dev0,<3.dev0", "target": "upstream_of_tests", **settings}
+        patch = registry.Patch(module.__name__, **settings)
+        patch.wrap("function", *parameters)(lambda wrapped, instance, args, kwargs: 2 * wrapped(*args))
+        patches[name] = patch
+        found["upstream"] = Version(version)
+        return patch, target
+
+    yield make
+    registry.unpatch()
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.0.dev1", "2.0rc1", "2.0+cu124"])
+def test_inside_the_range(made: Any, version: str) -> None:
+    patch, target = made("one", version)
+    assert registry.patch()[0].state == "applied"
+    assert target.function(2) == 4
+    registry.unpatch()
+    assert target.function(2) == 2
+    assert patch.status().state == "unused"
+
+
+def test_outside_the_range_names_the_release_that_fixed_it(made: Any) -> None:
+    _, target = made("one", "3.0.dev0", fixed_in="upstream 3.0")
+    [state] = registry.patch()
+    assert state.state == "skipped"
+    assert state.reason == "upstream 3.0.dev0 is outside upstream>=1.dev0,<3.dev0 (fixed in upstream 3.0)"
+    assert target.function(2) == 2
+    with pytest.raises(PatchError, match="one: upstream 3.0.dev0 is outside"):
+        registry.patch("one")
+
+
+def test_an_absent_package_is_skipped(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made("one")
+    monkeypatch.setattr(versions, "installed", lambda package: None)
+    assert registry.patch()[0].reason == "upstream is not installed"
+
+
+def test_a_newer_release_with_the_same_seam_is_patched_with_one_warning(made: Any) -> None:
+    _, target = made("one", "2.1")
+    with pytest.warns(TrainerFsdpPatchWarning, match="2.1 is newer than 2.0, the newest release tested"):
+        registry.patch()
+    assert target.function(2) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        registry.patch()
+
+
+def test_a_moved_seam_is_left_whole_with_one_warning(made: Any) -> None:
+    patch, target = made("one", "2.1", parameters=("model",))
+    with pytest.warns(TrainerFsdpPatchWarning, match="one: not applied, upstream_of_tests.function takes"):
+        registry.patch()
+    assert patch.status().state == "failed"
+    assert target.function(2) == 2
+
+
+@pytest.mark.parametrize("call", [{"strict": True}, {"names": ("one",)}])
+def test_strict_or_by_name_it_raises(made: Any, call: dict[str, Any]) -> None:
+    made("one", parameters=("model",))
+    with pytest.raises(PatchError, match="one: not applied"):
+        registry.patch(*call.get("names", ()), strict=call.get("strict", False))
+
+
+def test_an_unknown_name(made: Any) -> None:
+    made("one")
+    with pytest.raises(PatchError, match="two: no such patch. Nothing was patched. Known are one."):
+        registry.patch("two")
+
+
+@pytest.mark.parametrize("value", ["one", "*", "other, one"])
+def test_switched_off_by_the_environment(made: Any, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    _, target = made("one")
+    monkeypatch.setenv("TRAINER_FSDP_PATCH_DISABLE", value)
+    assert registry.patch()[0].reason == "switched off by TRAINER_FSDP_PATCH_DISABLE"
+    assert target.function(2) == 2
+
+
+def test_a_patch_stands_back_without_what_it_needs(made: Any) -> None:
+    _, target = made("one", needs=("two",))
+    made("two", versions="upstream<1.dev0", target="another")
+    assert [state.state for state in registry.patch()] == ["waiting", "skipped"]
+    assert registry.status()[0].reason == "stands back until two is applied"
+    assert target.function(2) == 2
+
+
+def test_two_patches_of_one_seam_are_refused(made: Any) -> None:
+    one, _ = made("one")
+    two, _ = made("two")
+    with pytest.raises(PatchError, match=r"two and one both wrap upstream_of_tests\.function"):
+        registry.refuse_overlaps([one, two])
+
+
+def test_ranges_of_neighbours_leave_no_hole() -> None:
+    for version in ("1.11.0", "1.11.0.dev0", "1.11.0rc1", "1.10.9", "1.11.0+local"):
+        sides = [versions.matches(f"upstream{bound}", Version(version)) for bound in ("<1.11.dev0", ">=1.11.dev0")]
+        assert sum(sides) == 1
+
+
+def test_unreadable_metadata_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions.installed.cache_clear()
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "not a version")
+    assert versions.installed("transformers") is None
+    versions.installed.cache_clear()
+
+
+def test_the_real_patches_are_all_applied_here() -> None:
+    import peft  # noqa: F401
+    import transformers.trainer  # noqa: F401
+
+    states = trainer_fsdp_patch.patch(strict=True)
+    assert {state.state for state in states} == {"applied"}
+    assert len(states) >= 9

@@ -1,0 +1,105 @@
+"""Broadcast, averaging and comparison on two and on three real gloo ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matrix  # noqa: F401
+import pytest
+import torch
+import torch.distributed as dist
+
+from trainer_fsdp_patch import sync, trial
+from trainer_fsdp_patch.errors import AdapterError
+from trainer_fsdp_patch.trial import Outcome
+
+
+def on_ranks(function: Any, ranks: int) -> list[Any]:
+    def child(rank: int) -> Outcome:
+        dist.init_process_group("gloo")
+        return Outcome(extra={"result": function(rank)})
+
+    outcomes = trial.launch(child, ranks=ranks)
+    for outcome in outcomes:
+        assert not outcome.error, outcome.extra.get("traceback")
+    return [outcome.extra["result"] for outcome in outcomes]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_average_is_over_all_ranks_and_stays_put_when_averaged_again(ranks: int) -> None:
+    def work(rank: int) -> Any:
+        parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))]
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, rank + 1.0)
+        collectives = sync.average_gradients(parameters, [None])
+        first = [parameter.grad.clone() for parameter in parameters]
+        sync.average_gradients(parameters, [None])
+        return collectives, first, [parameter.grad for parameter in parameters]
+
+    for collectives, first, second in on_ranks(work, ranks):
+        assert collectives == 2
+        for gradient, again in zip(first, second, strict=True):
+            assert torch.equal(gradient, torch.full_like(gradient, (ranks + 1) / 2))
+            assert torch.equal(gradient, again)
+
+
+def test_a_gradient_that_some_ranks_lack_counts_as_zero_and_one_that_all_lack_stays_away() -> None:
+    def work(rank: int) -> Any:
+        parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+        parameters[0].grad = torch.ones(2)
+        if rank == 0:
+            parameters[1].grad = torch.ones(2)
+        sync.average_gradients(parameters, [None])
+        return [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
+
+    assert on_ranks(work, 2) == [[[1.0, 1.0], [0.5, 0.5], None]] * 2
+
+
+def test_large_adapters_go_in_several_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync, "BUCKET_BYTES", 40)
+
+    def work(rank: int) -> Any:
+        parameters = [torch.nn.Parameter(torch.zeros(4)) for _ in range(5)]
+        for index, parameter in enumerate(parameters):
+            parameter.grad = torch.full_like(parameter, float(rank * index))
+        return sync.average_gradients(parameters, [None]), [parameter.grad[0].item() for parameter in parameters]
+
+    assert on_ranks(work, 2) == [(3, [0.0, 0.5, 1.0, 1.5, 2.0])] * 2
+
+
+def test_broadcast_gives_rank_0s_bits_and_keeps_the_objects() -> None:
+    def work(rank: int) -> Any:
+        tensors = [
+            torch.nn.Parameter(torch.randn(3) + rank),
+            torch.tensor([rank, 7]),
+            torch.tensor([float("nan"), rank], dtype=torch.bfloat16),
+        ]
+        objects = [id(tensor) for tensor in tensors]
+        sync.broadcast(tensors)
+        sync.compare(["a", "b", "c"], tensors, "here")
+        assert [id(tensor) for tensor in tensors] == objects
+        return tensors[1].tolist()
+
+    assert on_ranks(work, 2) == [[0, 7]] * 2
+
+
+def test_a_difference_is_named_on_all_ranks() -> None:
+    def work(rank: int) -> Any:
+        swapped = torch.tensor([1.0, 2.0] if rank else [2.0, 1.0])
+        try:
+            sync.compare(["same", "swapped"], [torch.ones(2), swapped], "before saving")
+        except AdapterError as error:
+            return error.tensor, str(error)
+        return None
+
+    for name, text in on_ranks(work, 2):
+        assert name == "swapped"
+        assert text.startswith("swapped: its bits differ between ranks before saving, as do those of 0 more of 2")
+
+
+def test_fingerprints_tell_apart_signs_of_zero_and_places() -> None:
+    tensors = [torch.tensor(values) for values in ([0.0, 1.0], [-0.0, 1.0], [1.0, 0.0])]
+    prints = {tuple(sync.fingerprint(tensor).tolist()) for tensor in tensors}
+    assert len(prints) == 3
+    for dtype in (torch.bool, torch.uint8, torch.float16, torch.float64, torch.int64):
+        assert sync.fingerprint(torch.zeros(0, dtype=dtype)).tolist() == [0, 0]
