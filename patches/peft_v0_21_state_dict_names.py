@@ -21,7 +21,11 @@ def canonical_prefixes(wrapped: Any, instance: Any, args: tuple[Any, ...], kwarg
 
 @patch.wrap(
     "peft_model.get_peft_model_state_dict",
-    "model", "state_dict", "adapter_name", "unwrap_compiled", "save_embedding_layers",
+    "model",
+    "state_dict",
+    "adapter_name",
+    "unwrap_compiled",
+    "save_embedding_layers",
 )
 def canonical_state_dict(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The same for auxiliary modules, whose names this function reads itself."""

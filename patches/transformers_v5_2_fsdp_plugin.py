@@ -18,4 +18,4 @@ patch = Patch(__name__, versions="transformers>=5.2.dev0", target="transformers.
 @patch.wrap("update_fsdp_plugin_peft", "model", "accelerator")
 def leave_the_plan(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Skip the upstream function for a planned model: the plan has set policy and dtypes already."""
-    return applying.update_plugin(*args, **kwargs, upstream=wrapped)
+    return applying.update_plugin(wrapped, *args, **kwargs)

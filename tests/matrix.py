@@ -25,8 +25,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import peft
 import torch
-import transformers
-import transformers.trainer
 from peft import get_peft_model
 
 from trainer_fsdp_patch import trial

@@ -208,7 +208,10 @@ def spoil_tensor(value: float, ranks: tuple[int, ...]) -> Any:
 @pytest.mark.parametrize("fsdp", [1, 2])
 @pytest.mark.parametrize(
     ("value", "ranks", "expected"),
-    [(float("nan"), (0, 1), "1 of 8 values are not finite"), (7.0, (1,), "its bits differ between ranks before saving")],
+    [
+        (float("nan"), (0, 1), "1 of 8 values are not finite"),
+        (7.0, (1,), "its bits differ between ranks before saving"),
+    ],
 )
 def test_an_adapter_that_must_not_be_saved(
     bench: Bench, tmp_path: Path, fsdp: int, value: float, ranks: tuple[int, ...], expected: str

@@ -17,14 +17,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PATCHES = sorted(path.name for path in (ROOT / "patches").glob("*.py"))
-IMPORT = "import trainer_fsdp_patch.patches as p; print(p.__file__, *[s.name for s in __import__('trainer_fsdp_patch').status()])"
+IMPORT = """
+import trainer_fsdp_patch, trainer_fsdp_patch.patches as p
+print(p.__file__, *[state.name for state in trainer_fsdp_patch.status()])
+"""
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the sdist and the wheel made from it."""
     source = tmp_path_factory.mktemp("source") / "project"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", ".*_cache"))
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", ".*_cache")
+    )
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--outdir", str(folder), str(source)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -43,8 +48,11 @@ def test_the_wheel_holds_every_patch_and_nothing_else_at_the_top(built: Path) ->
 
 def test_the_sdist_holds_every_patch(built: Path) -> None:
     [sdist] = built.glob("*.tar.gz")
-    names = tarfile.open(sdist).getnames()
-    assert sorted(name.split("/")[-1] for name in names if name.split("/")[1:2] == ["patches"] and "." in name) == PATCHES
+    with tarfile.open(sdist) as archive:
+        names = archive.getnames()
+    assert (
+        sorted(name.split("/")[-1] for name in names if name.split("/")[1:2] == ["patches"] and "." in name) == PATCHES
+    )
 
 
 @pytest.mark.parametrize("how", ["wheel", "editable", "editable-strict"])
@@ -52,7 +60,9 @@ def test_installed(built: Path, tmp_path: Path, how: str) -> None:
     venv.create(tmp_path / "v", with_pip=True, system_site_packages=False)
     interpreter = tmp_path / "v/bin/python"
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", ".*_cache"))
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", ".*_cache")
+    )
     [wheel] = built.glob("*.whl")
     what = {
         "wheel": [str(wheel)],

@@ -115,7 +115,7 @@ def test_float_storage_decides_the_dtype_of_units() -> None:
 
 
 def test_a_users_param_dtype_that_would_change_packed_bytes_is_refused() -> None:
-    with pytest.raises(PlanError, match="The cast would change the packed bytes. Use float32 for both"):
+    with pytest.raises(PlanError, match=r"The cast would change the packed bytes\. Use float32 for both"):
         trainer_fsdp_patch.plan(packed(torch.float32), mixed_precision="bf16", param_dtype="bfloat16")
 
 

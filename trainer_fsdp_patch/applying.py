@@ -27,6 +27,7 @@ _POLICY = "_trainer_fsdp_patch_policy"
 _LOCAL = {"auto_mapping", "base_model_name_or_path", "revision"}
 """Entries of an adapter's configuration that may differ between machines."""
 
+
 def record(plugin: Any, asked: dict[str, Any]) -> None:
     """Keep what a user gave the FSDP plugin explicitly, so that it wins over a plan later.
 
@@ -139,7 +140,9 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
     """Plan from accelerate's plugin.
 
     Args:
-        model: with its adapter; accelerator, plugin: accelerate's.
+        model: with its adapter.
+        accelerator: the run's.
+        plugin: accelerate's FullyShardedDataParallelPlugin.
         policy: the user's own mixed-precision policy, or None.
 
     Raises:
@@ -310,7 +313,7 @@ def autocast_prepared(accelerator: Any, results: Sequence[Any]) -> None:
             continue
         if accelerator.native_amp and "_original_forward" not in vars(model):
             # The attribute is accelerate's own mark, by which unwrap_model takes the autocast off again.
-            model._original_forward = model.forward
+            vars(model)["_original_forward"] = model.forward
             context = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
             function = getattr(model.forward, "__func__", None)
             if function is None:
@@ -324,12 +327,11 @@ def keep_rng_state(model: Any) -> None:
     for module in model.modules():
         function = getattr(module, "checkpoint_fn", None)
         if isinstance(function, functools.partial) and function.keywords.get("preserve_rng_state") is False:
-            module.checkpoint_fn = functools.partial(
-                function.func, *function.args, **{**function.keywords, "preserve_rng_state": True}
-            )
+            keywords = {**function.keywords, "preserve_rng_state": True}
+            vars(module)["checkpoint_fn"] = functools.partial(function.func, *function.args, **keywords)
 
 
-def update_plugin(model: Any, accelerator: Any, upstream: Callable[[Any, Any], None]) -> None:
+def update_plugin(upstream: Callable[[Any, Any], None], model: Any, accelerator: Any) -> None:
     """Leave the plugin as the plan set it; models that are not ours go to the upstream function."""
     if prepared_for(accelerator, model) is None:
         upstream(model, accelerator)

@@ -56,7 +56,9 @@ def check() -> int:
             where = Path(folder) / setup.name.replace(" ", "_")
             one = trial.run(setup, vera, base, where / "one", ranks=1, patched=False)
             cells = [
-                trial.compare(trial.run(setup, vera, base, where / side, ranks=ranks(), patched=side == "patched"), one, setup)
+                trial.compare(
+                    trial.run(setup, vera, base, where / side, ranks=ranks(), patched=side == "patched"), one, setup
+                )
                 for side in ("stock", "patched")
             ]
             wrong += not cells[1].right
@@ -78,6 +80,5 @@ def import_targets() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import peft  # noqa: F401
-        import transformers.trainer
         from transformers import LlamaForCausalLM  # noqa: F401
     torch.set_num_threads(1)

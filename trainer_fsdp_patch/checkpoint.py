@@ -106,7 +106,7 @@ def refuse_dead(adapter: dict[str, Any]) -> None:
 
 def _embeddings(accelerator: Any, model: Any) -> dict[str, Any]:
     """Weights of the input and output embeddings, whole, on rank 0; every rank takes part."""
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -123,8 +123,8 @@ def _embeddings(accelerator: Any, model: Any) -> dict[str, Any]:
                 if accelerator.is_main_process:
                     result[canonical(name)] = whole.detach().cpu().clone()
 
-    if isinstance(model, FSDP):
-        with FSDP.summon_full_params(model, recurse=False, writeback=False):
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False):
             collect(model.named_parameters())
     else:
         collect(model.named_parameters())

@@ -7,6 +7,10 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer_fsdp_patch.registry import Status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,12 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check", help="train a tiny VeRA on two ranks, stock and patched, beside one process")
     status = commands.add_parser("status", help="which patches concern what is installed")
-    status.add_argument("--json", action="store_true", help="print JSON")
+    form = status.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print the README's table")
     given = parser.parse_args(argv)
     if given.command == "check":
         from trainer_fsdp_patch import checking
 
         return checking.check()
+    if given.markdown:
+        import trainer_fsdp_patch
+
+        sys.stdout.write(markdown(trainer_fsdp_patch.status()))
+        return 0
     return _status(as_json=given.json)
 
 
@@ -55,3 +66,12 @@ def _status(*, as_json: bool) -> int:
             table.add_row(state.name, text, state.versions, state.effect)
         Console(width=None if Console().is_terminal else 140).print(table)
     return int(any(state.state == "failed" for state in states))
+
+
+def markdown(states: Sequence[Status]) -> str:
+    """README's table of patches, from their declarations."""
+    rows = ["| patch | repairs releases | effect | upstream |", "| --- | --- | --- | --- |"]
+    for state in states:
+        fixed = f", fixed in {state.fixed_in}" if state.fixed_in else ""
+        rows.append(f"| `{state.name}` | `{state.versions}`{fixed} | {state.effect} | [link]({state.upstream}) |")
+    return "\n".join(rows) + "\n"

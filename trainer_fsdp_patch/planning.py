@@ -165,9 +165,7 @@ def user_ignored(model: Any, ignored: str | Iterable[Any] | None) -> set[str]:
         if strangers:
             _refuse_ignored(f"{type(strangers[0]).__name__} is no module of the model that is trained")
     wanted = {id(parameter) for module in chosen for parameter in module.parameters()}
-    return {
-        name for name, _, _, _, tensor, _ in inventory.named_tensors(model) if id(tensor) in wanted
-    }
+    return {name for name, _, _, _, tensor, _ in inventory.named_tensors(model) if id(tensor) in wanted}
 
 
 def _matching(modules: dict[str, Any], expression: str) -> list[Any]:
@@ -214,9 +212,7 @@ def odd_dtypes(model: Any, tensors: list[Tensor], units: Iterable[str] | None) -
     FSDP1 flattens a unit into one tensor, so it takes one dtype only; the smaller part stays whole.
     """
     classes = set(units if units is not None else getattr(model, "_no_split_modules", None) or ())
-    roots = [
-        inventory.canonical(name) for name, module in model.named_modules() if type(module).__name__ in classes
-    ]
+    roots = [inventory.canonical(name) for name, module in model.named_modules() if type(module).__name__ in classes]
     groups: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.kind == "parameter" and tensor.role in (BASE, QUANTIZED) and shardable(tensor):

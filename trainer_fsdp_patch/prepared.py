@@ -34,9 +34,7 @@ class Prepared:
     def refresh(self) -> None:
         """Look the tensors up again, after moves that may have replaced objects."""
         slots = {
-            name: tensor
-            for name, _, _, _, tensor, _ in inventory.named_tensors(self.model())
-            if name in self.roles
+            name: tensor for name, _, _, _, tensor, _ in inventory.named_tensors(self.model()) if name in self.roles
         }
         self.names, self.tensors = list(slots), list(slots.values())
         self._known = {id(tensor) for tensor in self.tensors}
@@ -45,9 +43,7 @@ class Prepared:
         """What the adapter owns, trainable or not, by canonical name."""
         adapter = (inventory.ADAPTER, inventory.PROJECTION)
         return {
-            name: tensor
-            for name, tensor in zip(self.names, self.tensors, strict=True)
-            if self.roles[name] in adapter
+            name: tensor for name, tensor in zip(self.names, self.tensors, strict=True) if self.roles[name] in adapter
         }
 
     def average_gradients(self) -> None:

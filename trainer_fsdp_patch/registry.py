@@ -107,9 +107,7 @@ class Patch:
         else:
             state, reason = self.state, self.reason
         foreign = ", ".join(sorted({seam.foreign for seam in self.seams} - {""}))
-        return Status(
-            self.name, state, reason, self.versions, self.fixed_in or "", self.effect, self.upstream, foreign
-        )
+        return Status(self.name, state, reason, self.versions, self.fixed_in or "", self.effect, self.upstream, foreign)
 
 
 @functools.cache

@@ -20,12 +20,13 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
     Args:
         tensors: the same ones, in the same order, on all ranks; any dtype, on the collectives' device.
     """
+    import torch
     import torch.distributed as dist
 
     for bucket in _buckets([tensor.detach() for tensor in tensors]):
         flat = _flatten(bucket)
         dist.broadcast(flat, src=0)
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
@@ -57,7 +58,7 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter], groups: Sequence
             dist.all_reduce(flat, group=group)
             collectives += 1
         flat.div_(size)
-        *parts, count = flat.split([gradient.numel() for gradient in gradients] + [len(bucket)])
+        *parts, count = torch.split(flat, [gradient.numel() for gradient in gradients] + [len(bucket)])
         torch._foreach_copy_(
             gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
         )
@@ -94,7 +95,8 @@ def compare(names: Sequence[str], tensors: Sequence[torch.Tensor], when: str) ->
         raise AdapterError(
             message(
                 name,
-                f"its bits differ between ranks {when}, as do those of {len(differing) - 1} more of {len(names)} tensors",
+                f"its bits differ between ranks {when}, as do those of {len(differing) - 1} more "
+                f"of {len(names)} tensors",
                 "Each rank trains an adapter of its own and one of them would be saved",
                 "Step the optimizer on all ranks alike and call backward through the Trainer or Accelerator",
             ),

@@ -34,7 +34,6 @@ class Setup:
         storage: "" for an unquantized base, "8bit", or the quant_storage of a 4-bit one.
         use_orig_params, activation_checkpointing, ram_efficient: of FSDP.
         accumulation, checkpointing, clip, optim: of the Trainer; clip is max_grad_norm.
-        seeds: give each rank a seed of its own for adapter initialisation.
     """
 
     name: str
@@ -49,7 +48,6 @@ class Setup:
     checkpointing: bool = False
     clip: float = 1.0
     optim: str = "adamw_torch"
-    state_dict_type: str = "FULL_STATE_DICT"
 
     @property
     def tolerance(self) -> float:
@@ -160,7 +158,7 @@ def arguments(setup: Setup, folder: str, ranks: int) -> Any:
     if ranks > 1 and setup.fsdp:
         config: dict[str, Any] = {
             "version": setup.fsdp,
-            "state_dict_type": setup.state_dict_type,
+            "state_dict_type": "FULL_STATE_DICT",
             "cpu_ram_efficient_loading": setup.ram_efficient,
             "activation_checkpointing": setup.activation_checkpointing,
         }
@@ -200,7 +198,8 @@ def train(setup: Setup, configure: Callable[[Any], Any], base: str, folder: str,
     Args:
         setup: the case.
         configure: takes the base model, returns the PEFT model.
-        base: folder of the base model; folder: where the adapter is written.
+        base: folder of the base model.
+        folder: where the adapter is written.
         ranks: number of processes.
     """
     import torch
@@ -227,7 +226,7 @@ def train(setup: Setup, configure: Callable[[Any], Any], base: str, folder: str,
     trainer.train()
     with recorder.count() as counted:
         trainer.save_model(folder)
-    outcome = recorder.outcome
+    outcome: Outcome = recorder.outcome
     outcome.extra["saved_collectives"] = counted.total
     outcome.folder = folder
     outcome.norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
@@ -269,9 +268,11 @@ def _recorder() -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
             self.snapshot(model)
 
+        mode: Any
+
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.mode = self.count()
-            self.mode.__enter__()
+            self.mode = self.count()  # type: ignore[no-untyped-call]
+            self.mode.__enter__()  # type: ignore[no-untyped-call, unused-ignore]
 
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
             self.mode.__exit__(None, None, None)
@@ -297,6 +298,7 @@ def launch(function: Callable[..., Outcome], *args: Any, ranks: int, timeout: fl
 
     Args:
         function: called as `function(*args, rank)` with the environment of a launcher set.
+        *args: for the function; nothing is pickled.
         ranks: number of processes; one alone gets no distributed environment.
         timeout: seconds until the rest is killed; it also ends ranks that wait for one that died.
 
@@ -338,7 +340,9 @@ def _read(path: Path) -> Outcome:
     return outcome
 
 
-def _child(function: Callable[..., Outcome], args: tuple[Any, ...], rank: int, ranks: int, port: int, path: str) -> None:
+def _child(
+    function: Callable[..., Outcome], args: tuple[Any, ...], rank: int, ranks: int, port: int, path: str
+) -> None:
     if ranks > 1:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),

@@ -19,7 +19,7 @@ NEWEST_TESTED = {
 """Newest release of each target that the test matrix of this package has run on."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def installed(package: str) -> Version | None:
     """Version of an installed distribution, or None where it is absent or its metadata is unreadable."""
     from packaging.version import InvalidVersion, Version

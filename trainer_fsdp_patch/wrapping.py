@@ -137,11 +137,9 @@ def undo(seams: Iterable[Seam]) -> None:
 
 
 def depth(function: Any) -> int:
-    """Number of our wrappers around a function, live or silent."""
+    """Number of our wrappers around a raw attribute, live or silent."""
     count = 0
     while function is not None:
-        count += type(function).__name__ in ("PatchWrapper", "BoundFunctionWrapper") and isinstance(
-            function, (PatchWrapper, wrapt.BoundFunctionWrapper)
-        )
+        count += type(function) is PatchWrapper
         function = getattr(function, "__wrapped__", None)
     return count

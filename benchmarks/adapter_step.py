@@ -1,0 +1,143 @@
+"""Cost of a training step and of a save, stock beside patched, in one run on two CPU ranks.
+
+    python benchmarks/adapter_step.py [--repeat 3]
+
+Prints medians over the repetitions: collectives a step, bytes they carry, milliseconds a step, collectives of
+a save. The model is a random Llama of 12 layers, width 512; FSDP1 and FSDP2, fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from trainer_fsdp_patch import checking, cpu, trial
+from trainer_fsdp_patch.trial import Outcome, Setup
+
+STEPS = 6
+
+
+def lora(model):
+    """LoRA on all projections of the attention."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+
+
+def vera(model):
+    """VeRA on the two projections that share a shape."""
+    from peft import VeraConfig, get_peft_model
+
+    config = VeraConfig(r=64, target_modules=["q_proj", "o_proj"], projection_prng_key=1)
+    return get_peft_model(model, config)
+
+
+def base():
+    """The benchmark's base model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 8}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=trial.VOCABULARY, **sizes))
+
+
+class Count(torch.utils._python_dispatch.TorchDispatchMode):
+    """Collectives that are dispatched, and the bytes of their largest tensor argument."""
+
+    total = nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Count and call."""
+        if function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function):
+            self.total += 1
+            tensors = [item for item in torch.utils._pytree.tree_leaves(args) if isinstance(item, torch.Tensor)]
+            self.nbytes += max((item.nbytes for item in tensors), default=0)
+        return function(*args, **(kwargs or {}))
+
+
+def measure(configure, fsdp: int, patched: bool, folder: str, rank: int) -> Outcome:
+    """Train a few steps and save, in one of two ranks."""
+    from transformers import Trainer, TrainerCallback
+
+    import trainer_fsdp_patch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if patched:
+        trainer_fsdp_patch.patch(strict=True)
+    given = trial.arguments(Setup("benchmark", fsdp=fsdp), folder, 2)
+    cpu.bridge(given)
+    given.max_steps = STEPS
+    found = {"collectives": [], "bytes": [], "seconds": []}
+
+    class Meter(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start, self.mode = time.perf_counter(), Count()
+            self.mode.__enter__()
+
+        def on_step_end(self, *_, **__):
+            self.mode.__exit__(None, None, None)
+            found["seconds"].append(time.perf_counter() - self.start)
+            found["collectives"].append(self.mode.total)
+            found["bytes"].append(self.mode.nbytes)
+
+    trainer = Trainer(
+        model=configure(base()), args=given, train_dataset=trial.dataset(STEPS * trial.BATCH), callbacks=[Meter()]
+    )
+    trainer.train()
+    with Count() as saved:
+        trainer.save_model(folder)
+    outcome = Outcome(extra={name: values[1:] for name, values in found.items()})
+    outcome.extra["save"] = [saved.total]
+    return outcome
+
+
+def _cell(stock: float, patched: float, digits: int) -> str:
+    return f"{stock:.{digits}f} -> {patched:.{digits}f} ({patched / stock:.2f})"
+
+
+def main() -> None:
+    """Run stock and patched in turn, so that both see the same machine."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=3)
+    repeat = parser.parse_args().repeat
+    checking.import_targets()
+    table = Table(title=f"12 layers, width 512, 2 gloo ranks, medians of {repeat} runs", title_justify="left")
+    for column in ("case", "collectives/step", "MiB/step", "ms/step", "collectives/save"):
+        table.add_column(column)
+    for fsdp in (1, 2):
+        for configure in (lora, vera):
+            values = {side: {} for side in ("stock", "patched")}
+            for _ in range(repeat):
+                for side, kept in values.items():
+                    with tempfile.TemporaryDirectory() as folder:
+                        case = (configure, fsdp, side == "patched", str(Path(folder)))
+                        outcome = trial.launch(measure, *case, ranks=2, timeout=300)[0]
+                    if outcome.error:
+                        raise SystemExit(f"{configure.__name__} FSDP{fsdp} {side}: {outcome.error}")
+                    for name, numbers in outcome.extra.items():
+                        kept.setdefault(name, []).extend(numbers)
+            stock, patched = (
+                {name: statistics.median(numbers) for name, numbers in kept.items()} for kept in values.values()
+            )
+            units = {"collectives": (1, 0), "bytes": (2**-20, 1), "seconds": (1e3, 0), "save": (1, 0)}
+            cells = [_cell(stock[name] * unit, patched[name] * unit, digits) for name, (unit, digits) in units.items()]
+            table.add_row(f"{configure.__name__} FSDP{fsdp}", *cells)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
