@@ -13,7 +13,6 @@ import os
 import statistics
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -24,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trainer_fsdp_patch import checking, cpu, trial
+from trainer_fsdp_patch import checking, trial
 from trainer_fsdp_patch.trial import Outcome, Setup
 
 STEPS = 6
@@ -72,14 +71,7 @@ def measure(configure, fsdp: int, patched: bool, folder: str, rank: int) -> Outc
     """Train a few steps and save, in one of two ranks."""
     from transformers import Trainer, TrainerCallback
 
-    import trainer_fsdp_patch
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    if patched:
-        trainer_fsdp_patch.patch(strict=True)
-    given = trial.arguments(Setup("benchmark", fsdp=fsdp), folder, 2)
-    cpu.bridge(given)
+    given = trial.enter(Setup("benchmark", fsdp=fsdp), folder, 2, patched=patched)
     given.max_steps = STEPS
     found = {"collectives": [], "bytes": [], "seconds": []}
 

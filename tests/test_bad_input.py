@@ -13,19 +13,13 @@ from trainer_fsdp_patch.trial import Outcome
 
 def spoiled(spoil: Any, setup: Setup, base: str, folder: str, rank: int) -> Outcome:
     """Train one case as `trial.train` does, with `spoil(stage, thing, rank)` called where it can do harm."""
-    import warnings
 
     import torch
     from transformers import Trainer
 
     import trainer_fsdp_patch
-    from trainer_fsdp_patch import cpu
 
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    trainer_fsdp_patch.patch(strict=True)
-    given = trial.arguments(setup, folder, 2)
-    cpu.bridge(given)
+    given = trial.enter(setup, folder, 2, patched=True)
     torch.manual_seed(0)
     model = trial.load_base(base, setup)
     model = spoil("model", model, rank) or METHODS["vera"](model)
@@ -179,6 +173,23 @@ def test_a_rank_whose_adapter_configuration_differs(
     for text in errors(bench, spoil, tmp_path, Setup("ranks", fsdp=2)):
         assert text.startswith("AdapterError: ")
         assert expected in text
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_a_backward_that_bypasses_the_accelerator(bench: Bench, tmp_path: Path, fsdp: int) -> None:
+    def spoil(stage: str, thing: Any, rank: int) -> Any:
+        if stage == "trainer":
+
+            def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+                loss = model(**thing._prepare_inputs(inputs)).loss
+                loss.backward()
+                return loss.detach()
+
+            thing.training_step = training_step
+        return None
+
+    for text in errors(bench, spoil, tmp_path, Setup("bypass", fsdp=fsdp)):
+        assert text.startswith("AdapterError: optimizer.step: the adapter has gradients that were not averaged")
 
 
 def spoil_tensor(value: float, ranks: tuple[int, ...]) -> Any:

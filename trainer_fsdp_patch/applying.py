@@ -39,7 +39,9 @@ def record(plugin: Any, asked: dict[str, Any]) -> None:
         PlanError: an argument can never be right; nothing is prepared yet.
     """
     setattr(plugin, _ASKED, {name for name, value in asked.items() if value is not None})
-    if plugin.ignored_modules is not None and not isinstance(plugin.ignored_modules, str):
+    if isinstance(plugin.ignored_modules, str):
+        planning.expression(plugin.ignored_modules)
+    elif plugin.ignored_modules is not None:
         plugin.ignored_modules = planning.modules_only(plugin.ignored_modules)
     if plugin.fsdp_version == 2 and asked.get("use_orig_params") is False:
         _warn_orig_params()
@@ -86,6 +88,7 @@ def prepare(trainer: Any, model: Any) -> Prepared | None:
     checkpoint.expect(model, prepared)
     place(prepared, accelerator.device)
     _set_flags(prepared, plugin, explicit)
+    prepared.watch()
     keep(model, prepared)
     if accelerator.is_main_process:
         logger.info("FSDP%d: %s.", plan.fsdp_version, plan.summary())
@@ -280,21 +283,34 @@ def _set_flags(prepared: Prepared, plugin: Any, explicit: Any) -> None:
         setattr(plugin, _POLICY, policy)
     if plan.fsdp_version == 1:
         users = user_ignored(plugin)
-        plugin.ignored_modules = [_holder(prepared.tensors)]
+        plugin.ignored_modules = _ignored(prepared)
         setattr(plugin, _IGNORED, (plugin.ignored_modules, users))
 
 
-def _holder(tensors: Sequence[Any]) -> Any:
-    """A module that owns exactly these tensors: FSDP1 ignores tensors by identity but takes modules."""
+def _ignored(prepared: Prepared) -> list[Any]:
+    """Modules for FSDP1 to ignore: those that hold nothing else than what is set aside, and one for the rest.
+
+    FSDP1 ignores tensors by identity wherever they sit, but is told of them by modules; a module of
+    our own names those that share theirs with base weights.
+    """
     from torch import nn
 
-    holder = nn.Module()
-    for index, tensor in enumerate(tensors):
+    known = {id(tensor) for tensor in prepared.tensors}
+    whole = []
+    for module in prepared.model().modules():
+        held = [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
+        if held and known.issuperset(held):
+            whole.append(module)
+    covered = {id(tensor) for module in whole for tensor in (*module.parameters(), *module.buffers())}
+    rest = nn.Module()
+    for index, tensor in enumerate(prepared.tensors):
+        if id(tensor) in covered:
+            continue
         if isinstance(tensor, nn.Parameter):
-            holder.register_parameter(f"parameter_{index}", tensor)
+            rest.register_parameter(f"parameter_{index}", tensor)
         else:
-            holder.register_buffer(f"buffer_{index}", tensor)
-    return holder
+            rest.register_buffer(f"buffer_{index}", tensor)
+    return [*whole, rest]
 
 
 def autocast_prepared(accelerator: Any, results: Sequence[Any]) -> None:

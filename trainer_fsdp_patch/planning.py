@@ -168,15 +168,23 @@ def user_ignored(model: Any, ignored: str | Iterable[Any] | None) -> set[str]:
     return {name for name, _, _, _, tensor, _ in inventory.named_tensors(model) if id(tensor) in wanted}
 
 
-def _matching(modules: dict[str, Any], expression: str) -> list[Any]:
-    try:
-        compiled = re.compile(expression)
-    except re.error as error:
-        _refuse_ignored(f"{expression!r} is no regular expression ({error})")
-    chosen = [module for name, module in modules.items() if compiled.fullmatch(name)]
+def _matching(modules: dict[str, Any], text: str) -> list[Any]:
+    chosen = [module for name, module in modules.items() if expression(text).fullmatch(name)]
     if not chosen:
-        _refuse_ignored(f"{expression!r} matches the full name of no module")
+        _refuse_ignored(f"{text!r} matches the full name of no module")
     return chosen
+
+
+def expression(text: str) -> re.Pattern[str]:
+    """The user's regular expression of module names.
+
+    Raises:
+        PlanError: it is none.
+    """
+    try:
+        return re.compile(text)
+    except re.error as error:
+        _refuse_ignored(f"{text!r} is no regular expression ({error})")
 
 
 def modules_only(ignored: Iterable[Any]) -> list[Any]:

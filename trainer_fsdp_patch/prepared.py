@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import inventory, sync
@@ -26,9 +26,11 @@ class Prepared:
     """
 
     def __init__(self, model: Any, plan: Plan, groups: Sequence[Any]) -> None:
-        self.model, self.plan, self.groups = weakref.ref(model), plan, groups
+        self.model: Callable[[], Any] = weakref.ref(model)
+        self.plan, self.groups = plan, groups
         self.roles = {item.tensor.name: item.tensor.role for item in plan.set_aside}
         self.expected: dict[str, set[str]] = {}
+        self.pending = False
         self.refresh()
 
     def refresh(self) -> None:
@@ -65,6 +67,36 @@ class Prepared:
                     tensor=inventory.canonical(name),
                 )
         sync.average_gradients([tensor for tensor in self.tensors if tensor.requires_grad], self.groups)
+        self.pending = False
+
+    def watch(self) -> None:
+        """Refuse optimizer steps with gradients that no average has seen.
+
+        A training loop that calls `loss.backward()` instead of `Accelerator.backward` would otherwise
+        train an adapter of its own on each rank.
+        """
+        from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+        def note(_: Any) -> None:
+            self.pending = True
+
+        def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
+            if self.pending and any(
+                id(item) in self._known for group in optimizer.param_groups for item in group["params"]
+            ):
+                raise AdapterError(
+                    message(
+                        "optimizer.step",
+                        "the adapter has gradients that were not averaged over the ranks",
+                        "Each rank would train an adapter of its own",
+                        "Call Accelerator.backward(loss), as Trainer.training_step does, and not loss.backward()",
+                    )
+                )
+
+        for tensor in self.tensors:
+            if tensor.requires_grad:
+                tensor.register_post_accumulate_grad_hook(note)
+        weakref.finalize(self.model(), register_optimizer_step_pre_hook(refuse).remove)
 
 
 def prepared_for(accelerator: Any, model: Any) -> Prepared | None:

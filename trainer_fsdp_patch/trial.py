@@ -13,6 +13,7 @@ import socket
 import tempfile
 import time
 import traceback
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -192,8 +193,26 @@ def arguments(setup: Setup, folder: str, ranks: int) -> Any:
     )
 
 
-def train(setup: Setup, configure: Callable[[Any], Any], base: str, folder: str, ranks: int) -> Outcome:
-    """Train and save one case in this process, which is one of `ranks`.
+def enter(setup: Setup, folder: str, ranks: int, *, patched: bool) -> Any:
+    """Make this process one of the ranks of a case, patched or stock, and return its TrainingArguments."""
+    import torch
+
+    import trainer_fsdp_patch
+    from trainer_fsdp_patch import cpu
+
+    torch.set_num_threads(1)
+    if patched:
+        trainer_fsdp_patch.patch(strict=True)
+    given = arguments(setup, folder, ranks)
+    if ranks > 1 and setup.fsdp and given.device.type == "cpu":
+        cpu.bridge(given)
+    return given
+
+
+def train(
+    setup: Setup, configure: Callable[[Any], Any], base: str, folder: str, ranks: int, patched: bool, rank: int
+) -> Outcome:
+    """Train and save one case in this process.
 
     Args:
         setup: the case.
@@ -201,15 +220,13 @@ def train(setup: Setup, configure: Callable[[Any], Any], base: str, folder: str,
         base: folder of the base model.
         folder: where the adapter is written.
         ranks: number of processes.
+        patched: whether to call `patch()` first.
+        rank: of this process; what a rank does depends on its environment alone.
     """
     import torch
     import transformers
 
-    from trainer_fsdp_patch import cpu
-
-    given = arguments(setup, folder, ranks)
-    if ranks > 1 and setup.fsdp and given.device.type == "cpu":
-        cpu.bridge(given)
+    given = enter(setup, folder, ranks, patched=patched)
     torch.manual_seed(0)
     model = configure(load_base(base, setup))
     nudge(model)
@@ -351,6 +368,7 @@ def _child(
     log = os.open(f"{path}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    warnings.simplefilter("ignore")
     code = 0
     try:
         outcome = function(*args, rank)
@@ -368,28 +386,12 @@ def run(
 ) -> Outcome:
     """Train one case on forked ranks; losses are averaged over them."""
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = launch(_one, setup, configure, base, str(folder), ranks, patched, ranks=ranks)
+    outcomes = launch(train, setup, configure, base, str(folder), ranks, patched, ranks=ranks)
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
         return next((outcome for outcome in failed if "hung" not in outcome.error), failed[0])
     losses = [sum(step) / ranks for step in zip(*(outcome.losses for outcome in outcomes), strict=True)]
     return dataclasses.replace(outcomes[0], losses=losses)
-
-
-def _one(
-    setup: Setup, configure: Callable[[Any], Any], base: str, folder: str, ranks: int, patched: bool, rank: int
-) -> Outcome:
-    import warnings
-
-    import torch
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    if patched:
-        import trainer_fsdp_patch
-
-        trainer_fsdp_patch.patch(strict=True)
-    return train(setup, configure, base, folder, ranks)
 
 
 def compare(case: Outcome, reference: Outcome, setup: Setup) -> Verdict:

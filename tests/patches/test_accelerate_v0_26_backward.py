@@ -21,7 +21,7 @@ def without_average(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
     from trainer_fsdp_patch import sync
 
     sync.average_gradients = lambda parameters, groups: 0
-    return trial._one(setup, METHODS["vera"], base, folder, 2, True, rank)
+    return trial.train(setup, METHODS["vera"], base, folder, 2, True, rank)
 
 
 @pytest.mark.parametrize("fsdp", [1, 2])
@@ -36,7 +36,7 @@ def counted(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
 
     upstream, calls = sync.average_gradients, []
     sync.average_gradients = lambda *args: calls.append(upstream(*args))
-    outcome = trial._one(setup, METHODS["vera"], base, folder, 2, True, rank)
+    outcome = trial.train(setup, METHODS["vera"], base, folder, 2, True, rank)
     outcome.extra["calls"] = calls
     return outcome
 

@@ -13,21 +13,11 @@ def test_canary() -> None:
 
 
 def units(classes: list[str] | None, patched: bool, setup: Setup, base: str, folder: str, rank: int) -> Outcome:
-    import warnings
 
-    import torch
     from torch.distributed.fsdp import FullyShardedDataParallel
     from transformers import Trainer
 
-    import trainer_fsdp_patch
-    from trainer_fsdp_patch import cpu
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    if patched:
-        trainer_fsdp_patch.patch(strict=True)
-    given = trial.arguments(setup, folder, 2)
-    cpu.bridge(given)
+    given = trial.enter(setup, folder, 2, patched=patched)
     if classes:
         given.fsdp_plugin_args["transformer_cls_names_to_wrap"] = classes
     trainer = Trainer(model=METHODS["lora"](trial.load_base(base, setup)), args=given, train_dataset=trial.dataset(12))
