@@ -16,5 +16,5 @@ patch = Patch(__name__, versions="accelerate>=1.6.dev0", target="accelerate.acce
 @patch.wrap("fsdp2_prepare_model", "accelerator", "model")
 def shard_the_base_only(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hide what the plan replicates while accelerate shards, and put the same objects back."""
-    with prepared.set_aside(*args, **kwargs):
+    with prepared.set_aside(args[1] if len(args) > 1 else kwargs["model"]):
         return wrapped(*args, **kwargs)

@@ -74,7 +74,7 @@ def prepare(trainer: Any, model: Any) -> Prepared | None:
     if not getattr(trainer, "is_fsdp_enabled", False):
         return None
     accelerator = trainer.accelerator
-    prepared = prepared_for(accelerator, model)
+    prepared = prepared_for(model)
     if prepared is not None or not inventory.has_adapter(model):
         return prepared
     refuse_wrapped(model)
@@ -325,7 +325,7 @@ def autocast_prepared(accelerator: Any, results: Sequence[Any]) -> None:
     from torch import nn
 
     for model in results:
-        if not isinstance(model, nn.Module) or prepared_for(accelerator, model) is None:
+        if not isinstance(model, nn.Module) or prepared_for(model) is None:
             continue
         if accelerator.native_amp and "_original_forward" not in vars(model):
             # The attribute is accelerate's own mark, by which unwrap_model takes the autocast off again.
@@ -349,5 +349,5 @@ def keep_rng_state(model: Any) -> None:
 
 def update_plugin(upstream: Callable[[Any, Any], None], model: Any, accelerator: Any) -> None:
     """Leave the plugin as the plan set it; models that are not ours go to the upstream function."""
-    if prepared_for(accelerator, model) is None:
+    if prepared_for(model) is None:
         upstream(model, accelerator)

@@ -56,7 +56,7 @@ def state_dict(upstream: Callable[..., Any], accelerator: Any, model: Any, unwra
     Raises:
         AdapterError: on all ranks, where ranks differ, a value is not finite or something would be missing.
     """
-    prepared = prepared_for(accelerator, model)
+    prepared = prepared_for(model)
     if prepared is None:
         return upstream(model, unwrap=unwrap)
     adapter = prepared.of_adapter()
@@ -66,6 +66,23 @@ def state_dict(upstream: Callable[..., Any], accelerator: Any, model: Any, unwra
     prove(accelerator.unwrap_model(model, keep_torch_compile=False), found, prepared)
     found.update(_embeddings(accelerator, model))
     return found
+
+
+def model_state_dict(
+    upstream: Callable[..., Any], model: Any, adapter_only: bool = False, sd_options: Any = None
+) -> Any:
+    """The model part of a full resume checkpoint under FSDP2: the adapter, whole on every rank.
+
+    Args:
+        upstream: accelerate's own; it is asked in all other cases.
+        model: as prepared by accelerate.
+        adapter_only: whether frozen base weights are left out.
+        sd_options: torch's StateDictOptions under FSDP2, or None.
+    """
+    prepared = prepared_for(model)
+    if prepared is None or not adapter_only or not getattr(sd_options, "full_state_dict", False):
+        return upstream(model, adapter_only=adapter_only, sd_options=sd_options)
+    return {name: tensor.detach().cpu() for name, tensor in persistent(model, prepared.of_adapter()).items()}
 
 
 def persistent(model: Any, adapter: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Prepared:
         self.plan, self.groups = plan, groups
         self.roles = {item.tensor.name: item.tensor.role for item in plan.set_aside}
         self.expected: dict[str, set[str]] = {}
-        self.pending = False
+        self._pending: set[int] = set()
         self.refresh()
 
     def refresh(self) -> None:
@@ -67,7 +67,7 @@ class Prepared:
                     tensor=inventory.canonical(name),
                 )
         sync.average_gradients([tensor for tensor in self.tensors if tensor.requires_grad], self.groups)
-        self.pending = False
+        self._pending.clear()
 
     def watch(self) -> None:
         """Refuse optimizer steps with gradients that no average has seen.
@@ -77,13 +77,15 @@ class Prepared:
         """
         from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-        def note(_: Any) -> None:
-            self.pending = True
+        # The hooks outlive neither the model nor keep it alive, so they hold these two and not self.
+        known, pending = self._known, self._pending
+
+        def note(parameter: Any) -> None:
+            pending.add(id(parameter))
 
         def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
-            if self.pending and any(
-                id(item) in self._known for group in optimizer.param_groups for item in group["params"]
-            ):
+            stepped = {id(item) for group in optimizer.param_groups for item in group["params"]} if pending else set()
+            if not stepped.isdisjoint(known & pending):
                 raise AdapterError(
                     message(
                         "optimizer.step",
@@ -99,9 +101,11 @@ class Prepared:
         weakref.finalize(self.model(), register_optimizer_step_pre_hook(refuse).remove)
 
 
-def prepared_for(accelerator: Any, model: Any) -> Prepared | None:
+def prepared_for(model: Any) -> Prepared | None:
     """Record of a model, wrapped or not, if a plan was applied to it."""
-    return _PREPARED.get(accelerator.unwrap_model(model, keep_torch_compile=False))
+    from accelerate.utils import extract_model_from_parallel
+
+    return _PREPARED.get(extract_model_from_parallel(model, keep_torch_compile=False))
 
 
 def keep(model: Any, prepared: Prepared) -> None:
@@ -116,18 +120,18 @@ def average_gradients(accelerator: Any) -> None:
         AdapterError: a parameter became trainable that no plan knows.
     """
     for model in accelerator._models:
-        prepared = prepared_for(accelerator, model)
+        prepared = prepared_for(model)
         if prepared is not None:
             prepared.average_gradients()
 
 
 @contextlib.contextmanager
-def set_aside(accelerator: Any, model: Any) -> Iterator[None]:
+def set_aside(model: Any) -> Iterator[None]:
     """Hide what is not FSDP's while FSDP2 takes a model, then put the same objects back.
 
     Hidden tensors are neither sharded nor moved to meta nor asked to be DTensors, on any torch.
     """
-    prepared = prepared_for(accelerator, model)
+    prepared = prepared_for(model)
     if prepared is None:
         yield
         return
