@@ -30,11 +30,11 @@ from peft import get_peft_model
 from trainer_fsdp_patch import trial
 from trainer_fsdp_patch.trial import Outcome, Setup, Verdict
 
+checking.import_targets()
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import bitsandbytes  # noqa: F401
 
-torch.set_num_threads(1)
 TARGETS = ["q_proj", "o_proj"]
 
 

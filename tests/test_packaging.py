@@ -51,7 +51,8 @@ def test_the_sdist_holds_every_patch(built: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
     assert (
-        sorted(name.split("/")[-1] for name in names if name.split("/")[1:2] == ["patches"] and "." in name) == PATCHES
+        sorted(name.split("/")[-1] for name in names if name.split("/")[1:2] == ["patches"] and name.endswith(".py"))
+        == PATCHES
     )
 
 

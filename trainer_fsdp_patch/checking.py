@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +75,10 @@ def _base(folder: str, rank: int) -> trial.Outcome:
 
 def import_targets() -> None:
     """Import once what every forked rank needs; the parent computes nothing, so that it can be forked."""
-    import warnings
-
     import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import peft  # noqa: F401
-        from transformers import LlamaForCausalLM  # noqa: F401
+        for name in ("peft", "transformers.trainer", "transformers.models.llama.modeling_llama"):
+            importlib.import_module(name)
     torch.set_num_threads(1)
