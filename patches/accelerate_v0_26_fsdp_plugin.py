@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import applying
+from trainer_fsdp_patch import plugin
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="accelerate>=0.26.dev0", target="accelerate.utils.dataclasses")
@@ -18,5 +18,5 @@ def record_explicit_values(wrapped: Any, instance: Any, args: tuple[Any, ...], k
     """Look at the fields before defaults and environment fill them."""
     asked = dict(vars(instance))
     result = wrapped(*args, **kwargs)
-    applying.record(instance, asked)
+    plugin.record(instance, asked)
     return result

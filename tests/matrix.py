@@ -27,7 +27,7 @@ import peft
 import torch
 from peft import get_peft_model
 
-from trainer_fsdp_patch import trial
+from trainer_fsdp_patch import checking, trial
 from trainer_fsdp_patch.trial import Outcome, Setup, Verdict
 
 checking.import_targets()

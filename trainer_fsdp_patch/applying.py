@@ -2,59 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 import json
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainer_fsdp_patch import checkpoint, inventory, planning, sync
-from trainer_fsdp_patch.errors import AdapterError, PlanError, TrainerFsdpPatchWarning, message
+from trainer_fsdp_patch import checkpoint, inventory, sync
+from trainer_fsdp_patch import plugin as plugins
+from trainer_fsdp_patch.errors import AdapterError, PlanError, message
 from trainer_fsdp_patch.prepared import Prepared, keep, prepared_for
-
-if TYPE_CHECKING:
-    from trainer_fsdp_patch.planning import Plan
 
 logger = logging.getLogger("trainer_fsdp_patch")
 
-_ASKED = "_trainer_fsdp_patch_asked"
-_IGNORED = "_trainer_fsdp_patch_ignored"
-_POLICY = "_trainer_fsdp_patch_policy"
 _LOCAL = {"auto_mapping", "base_model_name_or_path", "revision"}
 """Entries of an adapter's configuration that may differ between machines."""
-
-
-def record(plugin: Any, asked: dict[str, Any]) -> None:
-    """Keep what a user gave the FSDP plugin explicitly, so that it wins over a plan later.
-
-    Args:
-        plugin: accelerate's FullyShardedDataParallelPlugin, after its init.
-        asked: names and values of the arguments it was given; None counts as not given.
-
-    Raises:
-        PlanError: an argument can never be right; nothing is prepared yet.
-    """
-    setattr(plugin, _ASKED, {name for name, value in asked.items() if value is not None})
-    if isinstance(plugin.ignored_modules, str):
-        planning.expression(plugin.ignored_modules)
-    elif plugin.ignored_modules is not None:
-        plugin.ignored_modules = planning.modules_only(plugin.ignored_modules)
-    if plugin.fsdp_version == 2 and asked.get("use_orig_params") is False:
-        _warn_orig_params()
-
-
-def _warn_orig_params() -> None:
-    text = message(
-        "use_orig_params",
-        "False is asked for with FSDP2, which always keeps the original parameters",
-        "It has no effect, and the run is right without it",
-        "Leave it out, or set fsdp_version to 1",
-    )
-    warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=4)
 
 
 def prepare(trainer: Any, model: Any) -> Prepared | None:
@@ -80,14 +43,14 @@ def prepare(trainer: Any, model: Any) -> Prepared | None:
     refuse_wrapped(model)
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version == 2 and str((trainer.args.fsdp_config or {}).get("use_orig_params")).lower() == "false":
-        _warn_orig_params()
-    explicit = explicit_policy(accelerator, plugin)
-    plan = plan_for(model, accelerator, plugin, explicit)
+        plugins.warn_orig_params()
+    explicit = plugins.explicit_policy(accelerator, plugin)
+    plan = plugins.plan_for(model, accelerator, plugin, explicit)
     prepared = Prepared(model, plan, data_parallel_groups(accelerator))
     agree(prepared)
     checkpoint.expect(model, prepared)
     place(prepared, accelerator.device)
-    _set_flags(prepared, plugin, explicit)
+    plugins.set_flags(prepared, plugin, explicit)
     prepared.watch()
     keep(model, prepared)
     if accelerator.is_main_process:
@@ -117,65 +80,6 @@ def refuse_wrapped(model: Any) -> None:
             ),
             setting="model",
         )
-
-
-def explicit_policy(accelerator: Any, plugin: Any) -> Any:
-    """The plugin's mixed-precision policy where a user gave it, or None where accelerate or we made it."""
-    policy = plugin.mixed_precision_policy
-    if policy is None or policy is getattr(plugin, _POLICY, None):
-        return None
-    if "mixed_precision_policy" in getattr(plugin, _ASKED, ()):
-        return policy
-    default = copy.copy(plugin)
-    default.mixed_precision_policy = None
-    if accelerator.mixed_precision != "no":
-        default.set_mixed_precision(accelerator.mixed_precision)
-    return None if policy == default.mixed_precision_policy else policy
-
-
-def user_ignored(plugin: Any) -> Any:
-    """The user's ignored modules, also after we have put ours beside them."""
-    ours, users = getattr(plugin, _IGNORED, (None, None))
-    return users if ours is not None and plugin.ignored_modules is ours else plugin.ignored_modules
-
-
-def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
-    """Plan from accelerate's plugin.
-
-    Args:
-        model: with its adapter.
-        accelerator: the run's.
-        plugin: accelerate's FullyShardedDataParallelPlugin.
-        policy: the user's own mixed-precision policy, or None.
-
-    Raises:
-        PlanError: a setting contradicts the model.
-    """
-    dtype = getattr(policy, "param_dtype", None)
-    plan = planning.make_plan(
-        model,
-        fsdp_version=plugin.fsdp_version,
-        mixed_precision=accelerator.mixed_precision,
-        use_orig_params=plugin.use_orig_params,
-        ignored_modules=user_ignored(plugin),
-        param_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        units=plugin.transformer_cls_names_to_wrap,
-    )
-    buffers = getattr(policy, "buffer_dtype", None)
-    for item in plan.set_aside:
-        stored = item.tensor.dtype
-        rounds = buffers is not None and "float" in stored and stored != str(buffers).removeprefix("torch.")
-        if rounds and item.tensor.kind == "buffer":
-            raise PlanError(
-                message(
-                    "mixed_precision_policy.buffer_dtype",
-                    f"{buffers} would be forced on {item.tensor.name}, which is {stored}",
-                    "The projection would be rounded, and saved rounded",
-                    "Leave buffer_dtype None",
-                ),
-                setting="mixed_precision_policy",
-            )
-    return plan
 
 
 def data_parallel_groups(accelerator: Any) -> list[Any]:
@@ -266,51 +170,6 @@ def place(prepared: Prepared, device: Any) -> None:
         shared.append(tensor)
     sync.broadcast(shared)
     sync.compare(prepared.names, prepared.tensors, "after the broadcast")
-
-
-def _set_flags(prepared: Prepared, plugin: Any, explicit: Any) -> None:
-    """Dtypes and ignored modules on accelerate's plugin; FSDP1 takes the latter as modules."""
-    import torch
-
-    plan = prepared.plan
-    policy = plugin.mixed_precision_policy
-    if policy is not None and explicit is None:
-        dtype = None if plan.param_dtype is None else getattr(torch, plan.param_dtype)
-        # FSDP1 would round RoPE tables and projections in place, FSDP2 the loss: None leaves both alone.
-        spared = {"buffer_dtype": None} if plan.fsdp_version == 1 else {"output_dtype": None}
-        policy = dataclasses.replace(policy, param_dtype=dtype, reduce_dtype=dtype, **spared)
-        plugin.mixed_precision_policy = policy
-        setattr(plugin, _POLICY, policy)
-    if plan.fsdp_version == 1:
-        users = user_ignored(plugin)
-        plugin.ignored_modules = _ignored(prepared)
-        setattr(plugin, _IGNORED, (plugin.ignored_modules, users))
-
-
-def _ignored(prepared: Prepared) -> list[Any]:
-    """Modules for FSDP1 to ignore: those that hold nothing else than what is set aside, and one for the rest.
-
-    FSDP1 ignores tensors by identity wherever they sit, but is told of them by modules; a module of
-    our own names those that share theirs with base weights.
-    """
-    from torch import nn
-
-    known = {id(tensor) for tensor in prepared.tensors}
-    whole = []
-    for module in prepared.model().modules():
-        held = [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
-        if held and known.issuperset(held):
-            whole.append(module)
-    covered = {id(tensor) for module in whole for tensor in (*module.parameters(), *module.buffers())}
-    rest = nn.Module()
-    for index, tensor in enumerate(prepared.tensors):
-        if id(tensor) in covered:
-            continue
-        if isinstance(tensor, nn.Parameter):
-            rest.register_parameter(f"parameter_{index}", tensor)
-        else:
-            rest.register_buffer(f"buffer_{index}", tensor)
-    return [*whole, rest]
 
 
 def autocast_prepared(accelerator: Any, results: Sequence[Any]) -> None:

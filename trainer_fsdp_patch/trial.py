@@ -250,13 +250,9 @@ def train(
     return outcome
 
 
-def _recorder() -> Any:
-    """A callback that keeps what is compared: losses, collectives and the adapter of each step."""
-    import torch
+def counter() -> Any:
+    """A context manager class that counts the collectives dispatched inside it, in `total`."""
     from torch.utils._python_dispatch import TorchDispatchMode
-    from transformers import Trainer, TrainerCallback
-
-    from trainer_fsdp_patch.inventory import canonical
 
     class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         total = 0
@@ -265,9 +261,19 @@ def _recorder() -> Any:
             self.total += function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function)
             return function(*args, **(kwargs or {}))
 
+    return Count
+
+
+def _recorder() -> Any:
+    """A callback that keeps what is compared: losses, collectives and the adapter of each step."""
+    import torch
+    from transformers import Trainer, TrainerCallback
+
+    from trainer_fsdp_patch.inventory import canonical
+
     class Recorder(TrainerCallback):  # type: ignore[misc]
         trainer: Any
-        count = Count
+        count = counter()
 
         def __init__(self) -> None:
             self.outcome = Outcome()
@@ -288,7 +294,7 @@ def _recorder() -> Any:
         mode: Any
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.mode = self.count()  # type: ignore[no-untyped-call]
+            self.mode = self.count()
             self.mode.__enter__()  # type: ignore[no-untyped-call, unused-ignore]
 
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:

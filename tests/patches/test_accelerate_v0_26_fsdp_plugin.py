@@ -6,7 +6,7 @@ from faults import canary
 from torch.distributed.fsdp import MixedPrecision
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import applying
+from trainer_fsdp_patch import plugin as engine
 
 
 class Accelerator:
@@ -20,16 +20,16 @@ def test_canary() -> None:
 def test_an_explicit_policy_is_told_from_the_default_that_it_equals() -> None:
     policy = MixedPrecision(torch.bfloat16, torch.bfloat16, torch.bfloat16)
     stock = target.FullyShardedDataParallelPlugin(fsdp_version=1, mixed_precision_policy=policy)
-    assert applying.explicit_policy(Accelerator, stock) is None
+    assert engine.explicit_policy(Accelerator, stock) is None
     trainer_fsdp_patch.patch()
     explicit = target.FullyShardedDataParallelPlugin(fsdp_version=1, mixed_precision_policy=policy)
-    assert applying.explicit_policy(Accelerator, explicit) is policy
+    assert engine.explicit_policy(Accelerator, explicit) is policy
 
 
 def test_a_policy_set_after_init_is_the_users_too() -> None:
     trainer_fsdp_patch.patch()
     plugin = target.FullyShardedDataParallelPlugin(fsdp_version=1)
     plugin.set_mixed_precision("bf16")
-    assert applying.explicit_policy(Accelerator, plugin) is None
+    assert engine.explicit_policy(Accelerator, plugin) is None
     plugin.mixed_precision_policy = MixedPrecision(torch.float32)
-    assert applying.explicit_policy(Accelerator, plugin) is plugin.mixed_precision_policy
+    assert engine.explicit_policy(Accelerator, plugin) is plugin.mixed_precision_policy
