@@ -92,6 +92,17 @@ def test_the_smaller_part_of_a_mixed_fsdp1_unit_stays_whole() -> None:
     assert not [item for item in trainer_fsdp_patch.plan(model).set_aside if item.tensor.role == "base"]
 
 
+def test_units_by_size_count_as_one() -> None:
+    """Where units go by size, nobody knows which dtypes meet, so one dtype is sharded in the whole model."""
+    model = llama()
+    for parameter in model.model.layers[0].parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model = METHODS["lora"](model)
+    assert not [item for item in trainer_fsdp_patch.plan(model, fsdp_version=1).set_aside if item.tensor.role == "base"]
+    alone = trainer_fsdp_patch.plan(model, fsdp_version=1, units=())
+    assert len([item for item in alone.set_aside if item.tensor.role == "base"]) == 9
+
+
 def packed(dtype: torch.dtype) -> Any:
     """LoRA on a base one of whose weights is stored as bitsandbytes stores 4 bits."""
     model = METHODS["lora"](llama())

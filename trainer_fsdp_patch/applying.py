@@ -169,7 +169,8 @@ def place(prepared: Prepared, device: Any) -> None:
             tensor.data = tensor.data.to(device)
         shared.append(tensor)
     sync.broadcast(shared)
-    sync.compare(prepared.names, prepared.tensors, "after the broadcast")
+    adapter = prepared.of_adapter()
+    sync.compare(list(adapter), list(adapter.values()), "after the broadcast")
 
 
 def autocast_prepared(accelerator: Any, results: Sequence[Any]) -> None:

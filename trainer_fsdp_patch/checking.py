@@ -34,8 +34,6 @@ def ranks() -> int:
     """One nccl rank for each GPU where there are two or more, else two gloo ranks on the CPU."""
     import torch
 
-    # NVML counts without a CUDA context, which forked ranks could not use.
-
     return max(2, torch.cuda.device_count())
 
 
@@ -45,6 +43,8 @@ def check() -> int:
     from rich.table import Table
 
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Asks NVML for the GPUs: the CUDA runtime in the parent would be of no use to the forked ranks.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import_targets()

@@ -69,6 +69,14 @@ def user_ignored(plugin: Any) -> Any:
     return users if ours is not None and plugin.ignored_modules is ours else plugin.ignored_modules
 
 
+def unit_classes(plugin: Any) -> Any:
+    """Class names of the units; None for the model's own, and none at all where units go by size."""
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    policy = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)
+    return plugin.transformer_cls_names_to_wrap if policy is transformer_auto_wrap_policy else ()
+
+
 def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
     """Plan from accelerate's plugin.
 
@@ -89,7 +97,7 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
         use_orig_params=plugin.use_orig_params,
         ignored_modules=user_ignored(plugin),
         param_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        units=plugin.transformer_cls_names_to_wrap,
+        units=unit_classes(plugin),
     )
     buffers = getattr(policy, "buffer_dtype", None)
     for item in plan.set_aside:

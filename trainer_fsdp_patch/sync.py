@@ -109,9 +109,14 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    bits = tensor.detach().contiguous().view(width).reshape(-1).to(torch.int64)
-    place = torch.arange(1, bits.numel() + 1, device=bits.device) % 65521
-    return torch.stack([bits.sum(), (bits * place).sum()])
+    stored = tensor.detach().contiguous().view(width).reshape(-1)
+    total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    # In pieces, for a large tensor times int64 would be several times its own memory.
+    for index, piece in enumerate(torch.split(stored, 2**22)):
+        bits = piece.to(torch.int64)
+        place = torch.arange(1, bits.numel() + 1, device=bits.device) % 65521 + index
+        total += torch.stack([bits.sum(), (bits * place).sum()])
+    return total
 
 
 def _buckets(tensors: Sequence[Any]) -> Iterator[list[Any]]:

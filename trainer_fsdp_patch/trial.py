@@ -363,9 +363,20 @@ def _read(path: Path) -> Outcome:
     return outcome
 
 
+def _visible(ranks: int) -> str:
+    """GPUs for one process or for all ranks: none where there are fewer than two, or fewer than ranks."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < max(2, ranks):
+        return ""
+    return ",".join(os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:ranks])
+
+
 def _child(
     function: Callable[..., Outcome], args: tuple[Any, ...], rank: int, ranks: int, port: int, path: str
 ) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = _visible(ranks)
     if ranks > 1:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),

@@ -1,8 +1,11 @@
 """Units that mix trainable and frozen, two dtypes or packed integers cannot be flattened."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from faults import canary, fault
-from matrix import Bench, Setup
+from matrix import METHODS, Bench, Setup, reference_of, trial
 
 
 def test_canary() -> None:
@@ -29,3 +32,40 @@ def test_dora_reads_a_sharded_weight(bench: Bench) -> None:
 @pytest.mark.parametrize("method", ["vblora", "unilora", "tinylora"])
 def test_a_parameter_shared_by_layers(bench: Bench, method: str) -> None:
     fault(bench, method, Setup("f2"), "Invariant encountered")
+
+
+def with_fp32_norms(model: Any) -> Any:
+    """What QLoRA recipes do before they add the adapter: norms and embeddings in fp32, the packed rest in bf16."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "embed" in name or "lm_head" in name:
+            parameter.data = parameter.data.float()
+    return METHODS["lora"](model)
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_norms_in_another_dtype_than_the_packed_weights(bench: Bench, tmp_path: Path, fsdp: int) -> None:
+    setup = Setup("norms", fsdp=fsdp, dtype="bfloat16", storage="bfloat16", amp="bf16")
+    one = trial.run(reference_of(setup), with_fp32_norms, bench.base, tmp_path / "one", ranks=1, patched=False)
+    assert not one.error, one.extra
+    if fsdp == 1:
+        stock = trial.run(setup, with_fp32_norms, bench.base, tmp_path / "stock", patched=False)
+        assert "uniform dtype" in stock.error
+    patched = trial.run(setup, with_fp32_norms, bench.base, tmp_path / "patched")
+    verdict = trial.compare(patched, one, setup)
+    assert verdict.right, verdict.error
+
+
+def added_by_transformers(model: Any) -> Any:
+    """An adapter without a PeftModel around the base."""
+    from peft import LoraConfig
+
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+    return model
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_an_adapter_that_transformers_added(bench: Bench, tmp_path: Path, fsdp: int) -> None:
+    setup = Setup("added", fsdp=fsdp)
+    one = trial.run(reference_of(setup), added_by_transformers, bench.base, tmp_path / "one", ranks=1, patched=False)
+    verdict = trial.compare(trial.run(setup, added_by_transformers, bench.base, tmp_path / "two"), one, setup)
+    assert verdict.right, verdict.error
