@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import shutil
 import subprocess
@@ -79,6 +80,25 @@ def test_installed(built: Path, tmp_path: Path, how: str) -> None:
         ).stdout  # fmt: skip
         assert "accelerate_v0_26_backward" in printed
         assert ("site-packages" in printed) == (how == "wheel")
+
+
+def test_without_the_targets(built: Path, tmp_path: Path) -> None:
+    """The requirements force no torch: patch() skips everything, status says so, and check asks for what it lacks."""
+    venv.create(tmp_path / "v", with_pip=True)
+    [wheel] = built.glob("*.whl")
+    subprocess.run([str(tmp_path / "v/bin/python"), "-m", "pip", "install", "-q", str(wheel)], check=True)
+    command = [str(tmp_path / "v/bin/trainer-fsdp-patch")]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    status = subprocess.run(
+        [*command, "status", "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert status.returncode == 0, status.stderr
+    found = json.loads(status.stdout)
+    assert {patch["state"] for patch in found["patches"]} == {"skipped"}
+    assert found["installed"]["torch"] == "absent"
+    check = subprocess.run([*command, "check"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert check.returncode == 2
+    assert check.stderr.startswith("check: torch and transformers and accelerate and peft not installed. ")
 
 
 def test_straight_from_the_checkout(python: Callable[..., str]) -> None:

@@ -9,6 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.errors import message
+
 if TYPE_CHECKING:
     from trainer_fsdp_patch.registry import Status
 
@@ -31,6 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     form.add_argument("--markdown", action="store_true", help="print the README's table")
     given = parser.parse_args(argv)
     if given.command == "check":
+        missing = _missing()
+        if missing:
+            text = message(
+                "check",
+                f"{' and '.join(missing)} not installed",
+                "Nothing was trained",
+                "Install what your project pins",
+            )
+            sys.stderr.write(f"{text}\n")
+            return 2
         from trainer_fsdp_patch import checking
 
         return checking.check()
@@ -42,15 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _status(as_json=given.json)
 
 
+def _missing() -> list[str]:
+    return [name for name in ("torch", "transformers", "accelerate", "peft") if versions.installed(name) is None]
+
+
 def _status(*, as_json: bool) -> int:
     """Import the targets, patch, and print the state of every patch; 1 where one failed."""
     import trainer_fsdp_patch
-    from trainer_fsdp_patch import checking, versions
+    from trainer_fsdp_patch import checking
 
     trainer_fsdp_patch.patch()
-    checking.import_targets()
+    if not _missing():
+        checking.import_targets()
     states = trainer_fsdp_patch.status()
-    found = {package: str(versions.installed(package)) for package in versions.NEWEST_TESTED}
+    found = {package: str(versions.installed(package) or "absent") for package in versions.NEWEST_TESTED}
     if as_json:
         sys.stdout.write(json.dumps({"installed": found, "patches": [dataclasses.asdict(s) for s in states]}) + "\n")
     else:

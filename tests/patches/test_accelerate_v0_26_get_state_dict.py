@@ -1,7 +1,12 @@
 """A save under FSDP2 fails on 8-bit layers, and gathers the whole frozen base for a small adapter."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 from faults import canary, fault
-from matrix import Bench, Setup
+from matrix import Bench, Setup, reference_of, trial
+from safetensors.torch import load_file
 
 
 def test_canary() -> None:
@@ -19,3 +24,21 @@ def test_a_save_gathers_the_embeddings_only(bench: Bench) -> None:
     assert verdict.right
     assert stock.extra["saved_collectives"] >= 21
     assert patched.extra["saved_collectives"] <= 6
+
+
+def on_embeddings(model: Any) -> Any:
+    """LoRA on the embeddings, beside which peft writes the base weight too."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]))
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_targeted_embeddings_are_in_the_file(bench: Bench, tmp_path: Path, fsdp: int) -> None:
+    setup = Setup("embeddings", fsdp=fsdp)
+    one = trial.run(reference_of(setup), on_embeddings, bench.base, tmp_path / "one", ranks=1, patched=False)
+    assert not one.error, one.extra
+    saved = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert any(key.endswith("embed_tokens.base_layer.weight") for key in saved)
+    verdict = trial.compare(trial.run(setup, on_embeddings, bench.base, tmp_path / "two"), one, setup)
+    assert verdict.right, verdict.error

@@ -69,3 +69,22 @@ def test_an_adapter_that_transformers_added(bench: Bench, tmp_path: Path, fsdp: 
     one = trial.run(reference_of(setup), added_by_transformers, bench.base, tmp_path / "one", ranks=1, patched=False)
     verdict = trial.compare(trial.run(setup, added_by_transformers, bench.base, tmp_path / "two"), one, setup)
     assert verdict.right, verdict.error
+
+
+def apart(model: Any) -> Any:
+    """An adapter that each rank initialises from a seed of its own, as scripts without set_seed do."""
+    import os
+
+    model = METHODS["vera"](model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * int(os.environ.get("RANK", "0"))
+    return model
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_ranks_that_start_apart_train_rank_0s_adapter(bench: Bench, tmp_path: Path, fsdp: int) -> None:
+    setup = Setup("apart", fsdp=fsdp)
+    one = trial.run(reference_of(setup), apart, bench.base, tmp_path / "one", ranks=1, patched=False)
+    verdict = trial.compare(trial.run(setup, apart, bench.base, tmp_path / "two"), one, setup)
+    assert verdict.right, verdict.error
