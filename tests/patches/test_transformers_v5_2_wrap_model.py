@@ -7,6 +7,8 @@ import pytest
 from faults import canary, fault
 from matrix import METHODS, Bench, Setup, reference_of, trial
 
+from trainer_fsdp_patch.trial import Outcome
+
 
 def test_canary() -> None:
     canary("transformers_v5_2_wrap_model")
@@ -88,3 +90,32 @@ def test_ranks_that_start_apart_train_rank_0s_adapter(bench: Bench, tmp_path: Pa
     one = trial.run(reference_of(setup), apart, bench.base, tmp_path / "one", ranks=1, patched=False)
     verdict = trial.compare(trial.run(setup, apart, bench.base, tmp_path / "two"), one, setup)
     assert verdict.right, verdict.error
+
+
+def buffers(method: str, patched: bool, setup: Setup, base: str, folder: str, rank: int) -> Outcome:
+    """Train, then say which floating-point buffers of the model lost bits on the way."""
+    from transformers import Trainer
+
+    from trainer_fsdp_patch.inventory import canonical
+
+    given = trial.enter(setup, folder, 2, patched=patched)
+    model = METHODS[method](trial.load_base(base, setup))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    trainer = Trainer(model=model, args=given, train_dataset=trial.dataset(trial.STEPS * trial.BATCH))
+    trainer.train()
+    after = {canonical(name): buffer for name, buffer in trainer.model.named_buffers()}
+    changed = [name for name in before if not before[name].equal(after[name])]
+    return Outcome(extra={"buffers": len(before), "changed": changed})
+
+
+@pytest.mark.parametrize("method", ["vera", "frod"])
+def test_buffers_keep_their_bits_under_mixed_precision(bench: Bench, tmp_path: Path, method: str) -> None:
+    """Stock rounds rotary tables and projections to bf16 in place."""
+    setup = Setup("buffers", fsdp=1, amp="bf16")
+    [patched, _] = trial.launch(buffers, method, True, setup, bench.base, str(tmp_path), ranks=2)
+    assert not patched.error, patched.extra
+    assert patched.extra["buffers"] > 2
+    assert patched.extra["changed"] == []
+    [stock, _] = trial.launch(buffers, method, False, setup, bench.base, str(tmp_path), ranks=2)
+    assert any("rotary_emb" in name for name in stock.extra["changed"])
+    assert any(f"{method}_" in name for name in stock.extra["changed"])
