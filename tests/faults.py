@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matrix import Bench, Setup, reference_of
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import registry, wrapping
-
-if TYPE_CHECKING:
-    from matrix import Bench, Setup
+from trainer_fsdp_patch import registry, trial, wrapping
 
 
 def canary(name: str) -> None:
@@ -38,3 +39,11 @@ def fault(bench: Bench, method: str, setup: Setup, expected: str) -> None:
     assert expected in stock.error
     _, patched = bench.cell(method, setup, patched=True)
     assert patched.right, patched.error
+
+
+def equals_one_process(bench: Bench, configure: Callable[[Any], Any], setup: Setup, folder: Path) -> None:
+    """A model that is not one of the matrix's: patched ranks train and save what one process does."""
+    one = trial.run(reference_of(setup), configure, bench.base, folder / "one", ranks=1, patched=False)
+    assert not one.error, one.extra
+    verdict = trial.compare(trial.run(setup, configure, bench.base, folder / "ranks"), one, setup)
+    assert verdict.right, verdict.error

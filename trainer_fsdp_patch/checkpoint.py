@@ -62,7 +62,7 @@ def state_dict(upstream: Callable[..., Any], accelerator: Any, model: Any, unwra
     adapter = prepared.of_adapter()
     sync.compare(list(adapter), list(adapter.values()), "before saving")
     refuse_dead(adapter)
-    found = {name: tensor.detach().cpu() for name, tensor in persistent(model, adapter).items()}
+    found = _on_cpu(persistent(model, adapter))
     prove(accelerator.unwrap_model(model, keep_torch_compile=False), found, prepared)
     found.update(_embeddings(accelerator, model))
     return found
@@ -82,7 +82,13 @@ def model_state_dict(
     prepared = prepared_for(model)
     if prepared is None or not adapter_only or not getattr(sd_options, "full_state_dict", False):
         return upstream(model, adapter_only=adapter_only, sd_options=sd_options)
-    return {name: tensor.detach().cpu() for name, tensor in persistent(model, prepared.of_adapter()).items()}
+    return _on_cpu(persistent(model, prepared.of_adapter()))
+
+
+def _on_cpu(named: dict[str, Any]) -> dict[str, Any]:
+    """Copies on the CPU; a tensor that stands under several names is copied once."""
+    copies = {id(tensor): tensor.detach().cpu() for tensor in {id(item): item for item in named.values()}.values()}
+    return {name: copies[id(tensor)] for name, tensor in named.items()}
 
 
 def persistent(model: Any, adapter: dict[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import canary, fault
-from matrix import Bench, Setup, reference_of, trial
+from faults import canary, equals_one_process, fault
+from matrix import Bench, Setup
 from safetensors.torch import load_file
 
 
@@ -35,10 +35,6 @@ def on_embeddings(model: Any) -> Any:
 
 @pytest.mark.parametrize("fsdp", [1, 2])
 def test_targeted_embeddings_are_in_the_file(bench: Bench, tmp_path: Path, fsdp: int) -> None:
-    setup = Setup("embeddings", fsdp=fsdp)
-    one = trial.run(reference_of(setup), on_embeddings, bench.base, tmp_path / "one", ranks=1, patched=False)
-    assert not one.error, one.extra
-    saved = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    equals_one_process(bench, on_embeddings, Setup("embeddings", fsdp=fsdp), tmp_path)
+    saved = load_file(tmp_path / "ranks" / "adapter_model.safetensors")
     assert any(key.endswith("embed_tokens.base_layer.weight") for key in saved)
-    verdict = trial.compare(trial.run(setup, on_embeddings, bench.base, tmp_path / "two"), one, setup)
-    assert verdict.right, verdict.error

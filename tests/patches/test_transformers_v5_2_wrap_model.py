@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import canary, fault
-from matrix import METHODS, Bench, Setup, reference_of, trial
+from faults import canary, equals_one_process, fault
+from matrix import METHODS, Bench, Setup, trial
 
 from trainer_fsdp_patch.trial import Outcome
 
@@ -47,14 +47,10 @@ def with_fp32_norms(model: Any) -> Any:
 @pytest.mark.parametrize("fsdp", [1, 2])
 def test_norms_in_another_dtype_than_the_packed_weights(bench: Bench, tmp_path: Path, fsdp: int) -> None:
     setup = Setup("norms", fsdp=fsdp, dtype="bfloat16", storage="bfloat16", amp="bf16")
-    one = trial.run(reference_of(setup), with_fp32_norms, bench.base, tmp_path / "one", ranks=1, patched=False)
-    assert not one.error, one.extra
     if fsdp == 1:
         stock = trial.run(setup, with_fp32_norms, bench.base, tmp_path / "stock", patched=False)
         assert "uniform dtype" in stock.error
-    patched = trial.run(setup, with_fp32_norms, bench.base, tmp_path / "patched")
-    verdict = trial.compare(patched, one, setup)
-    assert verdict.right, verdict.error
+    equals_one_process(bench, with_fp32_norms, setup, tmp_path)
 
 
 def added_by_transformers(model: Any) -> Any:
@@ -67,10 +63,7 @@ def added_by_transformers(model: Any) -> Any:
 
 @pytest.mark.parametrize("fsdp", [1, 2])
 def test_an_adapter_that_transformers_added(bench: Bench, tmp_path: Path, fsdp: int) -> None:
-    setup = Setup("added", fsdp=fsdp)
-    one = trial.run(reference_of(setup), added_by_transformers, bench.base, tmp_path / "one", ranks=1, patched=False)
-    verdict = trial.compare(trial.run(setup, added_by_transformers, bench.base, tmp_path / "two"), one, setup)
-    assert verdict.right, verdict.error
+    equals_one_process(bench, added_by_transformers, Setup("added", fsdp=fsdp), tmp_path)
 
 
 def apart(model: Any) -> Any:
@@ -86,10 +79,7 @@ def apart(model: Any) -> Any:
 
 @pytest.mark.parametrize("fsdp", [1, 2])
 def test_ranks_that_start_apart_train_rank_0s_adapter(bench: Bench, tmp_path: Path, fsdp: int) -> None:
-    setup = Setup("apart", fsdp=fsdp)
-    one = trial.run(reference_of(setup), apart, bench.base, tmp_path / "one", ranks=1, patched=False)
-    verdict = trial.compare(trial.run(setup, apart, bench.base, tmp_path / "two"), one, setup)
-    assert verdict.right, verdict.error
+    equals_one_process(bench, apart, Setup("apart", fsdp=fsdp), tmp_path)
 
 
 def buffers(method: str, patched: bool, setup: Setup, base: str, folder: str, rank: int) -> Outcome:
