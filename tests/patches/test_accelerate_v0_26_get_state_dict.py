@@ -33,8 +33,12 @@ def on_embeddings(model: Any) -> Any:
     return get_peft_model(model, LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]))
 
 
-@pytest.mark.parametrize("fsdp", [1, 2])
-def test_targeted_embeddings_are_in_the_file(bench: Bench, tmp_path: Path, fsdp: int) -> None:
-    equals_one_process(bench, on_embeddings, Setup("embeddings", fsdp=fsdp), tmp_path)
+@pytest.mark.parametrize(
+    "setup",
+    [Setup("f1", fsdp=1), Setup("f1-flat", fsdp=1, use_orig_params=False), Setup("f2"), Setup("f2-amp", amp="bf16")],
+    ids=lambda setup: setup.name,
+)
+def test_targeted_embeddings_are_in_the_file(bench: Bench, tmp_path: Path, setup: Setup) -> None:
+    equals_one_process(bench, on_embeddings, setup, tmp_path)
     saved = load_file(tmp_path / "ranks" / "adapter_model.safetensors")
     assert any(key.endswith("embed_tokens.base_layer.weight") for key in saved)
