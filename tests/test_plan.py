@@ -138,6 +138,21 @@ def test_ignored_modules_of_the_user() -> None:
     assert all(".mlp." in name for name in users)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"fsdp_version": 3}, "fsdp_version: 3. No plan was made. Use one of 1, 2."),
+        ({"mixed_precision": "int8"}, "mixed_precision: 'int8'. No plan was made. Use one of 'no', 'bf16'"),
+        ({"ignored_modules": "("}, "ignored_modules: '(' is no regular expression"),
+    ],
+)
+def test_unknown_settings(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(PlanError) as raised:
+        trainer_fsdp_patch.plan(METHODS["vera"](llama()), **settings)
+    assert str(raised.value).startswith(expected)
+    assert raised.value.setting == next(iter(settings))
+
+
 def test_canonical_names() -> None:
     for name in ("_fsdp_wrapped_module.a._checkpoint_wrapped_module.b.weight", "_orig_mod.a.b.weight", "a.b.weight"):
         assert inventory.canonical(name) == "a.b.weight"

@@ -13,6 +13,7 @@ from trainer_fsdp_patch.errors import PlanError, message
 from trainer_fsdp_patch.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, Tensor
 
 SHARD, REPLICATE = "shard", "replicate"
+_AMP = {"no": None, "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def make_plan(
     Args:
         model: `torch.nn.Module` with a PEFT adapter; meta tensors will do.
         fsdp_version: 1 or 2.
-        mixed_precision: "no", "bf16" or "fp16", as in `TrainingArguments`.
+        mixed_precision: "no", "bf16", "fp16" or "fp8", as accelerate has it.
         use_orig_params: FSDP1's flag; None is True.
         ignored_modules: the user's own, modules or a regular expression of their full names.
         param_dtype: the user's own dtype for units, such as "bfloat16"; None is what mixed_precision gives.
@@ -98,9 +99,10 @@ def make_plan(
         The plan.
 
     Raises:
-        PlanError: a setting contradicts the model.
+        PlanError: a setting is unknown or contradicts the model.
     """
-    amp = {"no": None, "bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision, "bfloat16")
+    amp = _known("mixed_precision", mixed_precision, _AMP)
+    _known("fsdp_version", fsdp_version, {1: None, 2: None})
     tensors = inventory.take(model)
     users = user_ignored(model, ignored_modules)
     odd = odd_dtypes(model, tensors, units) if fsdp_version == 1 else {}
@@ -117,6 +119,13 @@ def make_plan(
         )
     compute, reasons = _param_dtype(placements, amp, param_dtype)
     return Plan(fsdp_version, placements, _orig_params(fsdp_version, use_orig_params), compute, amp, reasons)
+
+
+def _known(setting: str, found: Any, supported: dict[Any, Any]) -> Any:
+    if found not in supported:
+        text = message(setting, repr(found), "No plan was made", f"Use one of {', '.join(map(repr, supported))}")
+        raise PlanError(text, setting=setting)
+    return supported[found]
 
 
 def _orig_params(fsdp_version: int, asked: bool | None) -> bool | None:
