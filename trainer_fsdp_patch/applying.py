@@ -42,8 +42,7 @@ def prepare(trainer: Any, model: Any) -> Prepared | None:
         return prepared
     refuse_wrapped(model)
     plugin = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version == 2 and str((trainer.args.fsdp_config or {}).get("use_orig_params")).lower() == "false":
-        plugins.warn_orig_params()
+    plugins.warn_of_losses(plugin, trainer.args.fsdp_config or {})
     explicit = plugins.explicit_policy(accelerator, plugin)
     plan = plugins.plan_for(model, accelerator, plugin, explicit)
     prepared = Prepared(model, plan, data_parallel_groups(accelerator))

@@ -38,6 +38,26 @@ def record(plugin: Any, asked: dict[str, Any]) -> None:
         warn_orig_params()
 
 
+def warn_of_losses(plugin: Any, config: dict[str, Any]) -> None:
+    """Warn where a setting will not do what it says: the run itself stays right.
+
+    Args:
+        plugin: accelerate's FullyShardedDataParallelPlugin.
+        config: `fsdp_config` of the TrainingArguments.
+    """
+    if plugin.fsdp_version == 2 and str(config.get("use_orig_params")).lower() == "false":
+        warn_orig_params()
+    if "SHARDED_STATE_DICT" in str(plugin.state_dict_type):
+        # https://github.com/huggingface/transformers/issues/30491
+        text = message(
+            "state_dict_type",
+            "SHARDED_STATE_DICT is set, under which Trainer.save_model writes no adapter file",
+            "The run trains right and its checkpoints hold shards",
+            "Set state_dict_type to FULL_STATE_DICT to have the adapter written",
+        )
+        warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=4)
+
+
 def warn_orig_params() -> None:
     """Say once for each call that FSDP2 has no such flag."""
     text = message(
