@@ -33,6 +33,18 @@ print(checking.check())
     assert "differ between ranks" in printed
 
 
+def test_check_on_a_number_of_ranks_that_does_not_divide_its_batch(python: Callable[..., str]) -> None:
+    code = """
+from trainer_fsdp_patch import checking
+checking.SETUPS = checking.SETUPS[:1] + checking.SETUPS[-1:]
+checking.ranks = lambda: 3
+print(checking.check())
+"""
+    printed = python(code)
+    assert "VeRA on 3 ranks" in printed
+    assert printed.endswith("\n0")
+
+
 def test_status_as_json_and_as_a_table(python: Callable[..., str]) -> None:
     code = "import sys; from trainer_fsdp_patch import cli; sys.exit(cli.main(['status'%s]))"
     found = json.loads(python(code % ", '--json'").splitlines()[-1])

@@ -48,6 +48,8 @@ def check() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import_targets()
+    # Each rank gets a sample at least, and one process the same global batch.
+    trial.BATCH = trial.BATCH if trial.BATCH % ranks() == 0 else ranks()
     table = Table(title=f"VeRA on {ranks()} ranks beside one process", title_justify="left")
     for column in ("set-up", "stock", "patched", "relative error"):
         table.add_column(column, overflow="fold")

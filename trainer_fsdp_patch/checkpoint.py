@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import wrapt
 
 from trainer_fsdp_patch import inventory, sync
-from trainer_fsdp_patch.errors import AdapterError, TrainerFsdpPatchWarning, message
+from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.inventory import canonical
 from trainer_fsdp_patch.prepared import Prepared, prepared_for
 
@@ -174,13 +173,12 @@ def expect(model: Any, prepared: Prepared) -> None:
         names = [name for name in item.tensor.names if name in found]
         lost = item.tensor.role == inventory.ADAPTER and not item.tensor.owned
         if entries and lost and not any(id(found[name]) in written for name in names):
-            text = message(
+            warn(
                 item.tensor.name,
                 "trainable, but part of no adapter",
                 "It is trained and averaged, and peft does not write it into the adapter file",
                 "Add its module to modules_to_save, or freeze it",
             )
-            warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=2)
 
 
 def prove(model: Any, found: dict[str, Any], prepared: Prepared) -> None:

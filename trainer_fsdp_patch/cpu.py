@@ -6,7 +6,6 @@ everything that is Python; design.md 7 has the findings.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +34,7 @@ def bridge(arguments: Any) -> None:
     PartialState._shared_state["device"] = torch.device("cpu")
     for name in _CONFIGS:
         config = getattr(fsdp1, name)
-        if not isinstance(config.__setattr__, functools.partialmethod):
+        if config.__setattr__.__name__ != _never_offloaded.__name__:
             config.__setattr__ = _never_offloaded(config.__setattr__)
 
 
@@ -45,4 +44,5 @@ def _never_offloaded(upstream: Callable[[Any, str, Any], None]) -> Callable[[Any
     def setattr_without_offload(instance: Any, name: str, value: Any) -> None:
         upstream(instance, name, False if name == "offload_to_cpu" else value)
 
+    setattr_without_offload.__name__ = _never_offloaded.__name__
     return setattr_without_offload

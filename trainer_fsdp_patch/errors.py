@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 
 class TrainerFsdpPatchError(RuntimeError):
     """Base of every error raised by this package."""
@@ -52,3 +54,8 @@ class TrainerFsdpPatchWarning(UserWarning):
 def message(subject: str, found: str, consequence: str, remedy: str) -> str:
     """One line: `subject: found. consequence. remedy.`, each given without its full stop."""
     return f"{subject}: {found}. {consequence}. {remedy}."
+
+
+def warn(subject: str, found: str, consequence: str, remedy: str) -> None:
+    """Warn in the shape of `message`, as coming from the code that trains."""
+    warnings.warn(message(subject, found, consequence, remedy), TrainerFsdpPatchWarning, stacklevel=5)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import planning
-from trainer_fsdp_patch.errors import PlanError, TrainerFsdpPatchWarning, message
+from trainer_fsdp_patch.errors import PlanError, message, warn
 from trainer_fsdp_patch.prepared import Prepared
 
 if TYPE_CHECKING:
@@ -49,24 +48,22 @@ def warn_of_losses(plugin: Any, config: dict[str, Any]) -> None:
         warn_orig_params()
     if "SHARDED_STATE_DICT" in str(plugin.state_dict_type):
         # https://github.com/huggingface/transformers/issues/30491
-        text = message(
+        warn(
             "state_dict_type",
             "SHARDED_STATE_DICT is set, under which Trainer.save_model writes no adapter file",
             "The run trains right and its checkpoints hold shards",
             "Set state_dict_type to FULL_STATE_DICT to have the adapter written",
         )
-        warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=4)
 
 
 def warn_orig_params() -> None:
     """Say once for each call that FSDP2 has no such flag."""
-    text = message(
+    warn(
         "use_orig_params",
         "False is asked for with FSDP2, which always keeps the original parameters",
         "It has no effect, and the run is right without it",
         "Leave it out, or set fsdp_version to 1",
     )
-    warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=4)
 
 
 def explicit_policy(accelerator: Any, plugin: Any) -> Any:
