@@ -1,4 +1,4 @@
-"""Writes the adapter into FSDP2's full resume checkpoints where 8-bit layers end the run with "no attribute 'SCB'".
+"""Writes and reads the whole adapter in resume checkpoints, which fail with 8-bit layers and lose FSDP1's.
 
 Upstream: https://github.com/huggingface/accelerate/pull/4206
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import checkpoint
+from trainer_fsdp_patch import resume
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="accelerate>=1.15.dev0", target="accelerate.utils.fsdp_utils")
@@ -15,5 +15,11 @@ patch = Patch(__name__, versions="accelerate>=1.15.dev0", target="accelerate.uti
 
 @patch.wrap("_get_model_state_dict", "model", "adapter_only", "sd_options")
 def whole_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Skip torch's state dict for planned models: it looks up every entry as an attribute."""
-    return checkpoint.model_state_dict(wrapped, *args, **kwargs)
+    """Skip the upstream function for planned models: every rank holds the adapter already."""
+    return resume.model_state_dict(wrapped, *args, **kwargs, full_by_canonical_name=True)
+
+
+@patch.wrap("_set_model_state_dict", "model", "state_dict", "adapter_only", "sd_options")
+def read_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Skip the upstream function for planned models: it takes a part that fits for the whole."""
+    return resume.load_model_state_dict(wrapped, *args, **kwargs)

@@ -1,6 +1,6 @@
-"""Keeps adapters, projections and integer-stored weights out of FSDP2's groups and off the meta device.
+"""Keeps adapters, projections and packed weights out of FSDP2's groups, and the frozen base in its own dtype.
 
-Upstream: https://github.com/huggingface/accelerate/issues/3983
+Upstream: https://github.com/huggingface/accelerate/pull/3848
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from typing import Any
 from trainer_fsdp_patch import prepared
 from trainer_fsdp_patch.registry import Patch
 
-patch = Patch(__name__, versions="accelerate>=1.6.dev0", target="accelerate.accelerator")
+patch = Patch(__name__, versions="accelerate>=1.6.dev0,<1.13.dev0", target="accelerate.accelerator")
 
 
 @patch.wrap("fsdp2_prepare_model", "accelerator", "model")
 def shard_the_base_only(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Hide what the plan replicates while accelerate shards, and put the same objects back."""
-    with prepared.set_aside(args[1] if len(args) > 1 else kwargs["model"]):
+    """Hide what the plan replicates while accelerate shards, and keep it from casting what is frozen."""
+    model = args[1] if len(args) > 1 else kwargs["model"]
+    with prepared.set_aside(model), prepared.keep_dtype(model), prepared.known_arguments(model):
         return wrapped(*args, **kwargs)

@@ -10,23 +10,10 @@ from typing import Any
 from trainer_fsdp_patch import checkpoint
 from trainer_fsdp_patch.registry import Patch
 
-patch = Patch(__name__, versions="peft>=0.21.dev0", target="peft")
+patch = Patch(__name__, versions="peft>=0.21.dev0", target="peft.tuners.tuners_utils")
 
 
-@patch.wrap("tuners.tuners_utils._get_tuner_state_dict_key_prefixes", "model", "adapter_name")
+@patch.wrap("_get_tuner_state_dict_key_prefixes", "model", "adapter_name")
 def canonical_prefixes(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hand over the model with the names that state dicts use."""
-    return checkpoint.call_with_canonical_names(wrapped, *args, **kwargs)
-
-
-@patch.wrap(
-    "peft_model.get_peft_model_state_dict",
-    "model",
-    "state_dict",
-    "adapter_name",
-    "unwrap_compiled",
-    "save_embedding_layers",
-)
-def canonical_state_dict(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The same for auxiliary modules, whose names this function reads itself."""
     return checkpoint.call_with_canonical_names(wrapped, *args, **kwargs)

@@ -7,6 +7,7 @@ Upstream: https://github.com/huggingface/peft/pull/2681
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from trainer_fsdp_patch import applying
@@ -18,4 +19,5 @@ patch = Patch(__name__, versions="transformers>=5.2.dev0", target="transformers.
 @patch.wrap("update_fsdp_plugin_peft", "model", "accelerator")
 def leave_the_plan(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Skip the upstream function for a planned model: the plan has set policy and dtypes already."""
-    return applying.update_plugin(wrapped, *args, **kwargs)
+    model = args[0] if args else kwargs["model"]
+    return applying.update_plugin(functools.partial(wrapped, *args, **kwargs), model)

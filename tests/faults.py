@@ -7,10 +7,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matrix import Bench, Setup, reference_of
+import pytest
+from matrix import METHODS, Bench, Setup, has, reference_of
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import registry, trial, wrapping
+from trainer_fsdp_patch import registry, stack, trial, versions, wrapping
+
+FLAVOURS = [1, 2] if stack.has_fsdp2() else [1]
+"""Versions of FSDP that this stack trains on the devices that are here."""
+
+fsdp2 = pytest.mark.skipif(2 not in FLAVOURS, reason="no FSDP2 with these releases and devices")
+
+
+packed = pytest.mark.skipif(not stack.has_bitsandbytes(), reason="no bitsandbytes with these releases and devices")
+
+
+def where(*requirements: str) -> pytest.MarkDecorator:
+    """Mark of a test whose fault needs other releases beside those of its patch's range."""
+    missing = [
+        requirement
+        for requirement in requirements
+        if not versions.matches(requirement, versions.installed(versions.package_of(requirement)))
+    ]
+    return pytest.mark.skipif(bool(missing), reason=f"only with {', '.join(missing)}")
 
 
 def canary(name: str) -> None:
@@ -35,10 +54,31 @@ def canary(name: str) -> None:
 
 def fault(bench: Bench, method: str, setup: Setup, expected: str) -> None:
     """Stock fails with `expected` on these versions, and the patched run equals one process."""
+    if not has(method):
+        pytest.skip(f"this peft has no {method}")
+    missing = bench.has_reference(method, setup)
+    if missing:
+        pytest.skip(f"one process does not train {method} either: {missing}")
     _, stock = bench.cell(method, setup, patched=False)
     assert expected in stock.error
     _, patched = bench.cell(method, setup, patched=True)
     assert patched.right, patched.error
+
+
+def with_trainable_norms(model: Any) -> Any:
+    """LoRA, and norms that a user unfroze: trained, but part of no adapter."""
+    model = METHODS["lora"](model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.requires_grad_(True)
+    return model
+
+
+def resumes(bench: Bench, configure: Callable[[Any], Any], setup: Setup, expected: str) -> None:
+    """A stock run that is interrupted and resumed fails with `expected`, and a patched one ends as one process does."""
+    name = getattr(configure, "__name__", "") + str(id(configure))
+    assert expected in (bench.resumed(configure, setup, name, patched=False) or "right")
+    assert bench.resumed(configure, setup, name, patched=True) == ""
 
 
 def equals_one_process(bench: Bench, configure: Callable[[Any], Any], setup: Setup, folder: Path) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,11 @@ import peft
 import torch
 from peft import get_peft_model
 
-from trainer_fsdp_patch import checking, trial
+from trainer_fsdp_patch import checking, trial, versions
 from trainer_fsdp_patch.trial import Outcome, Setup, Verdict
 
 checking.import_targets()
-with warnings.catch_warnings():
+with warnings.catch_warnings(), contextlib.suppress(ImportError):
     warnings.simplefilter("ignore")
     import bitsandbytes  # noqa: F401
 
@@ -58,6 +60,23 @@ def _pvera(model: Any) -> Any:
 
     PveraLayer._reparametrize = reparametrize
     return _adapter("PveraConfig", r=8, projection_prng_key=1, d_initial=0.1)(model)
+
+
+CONFIGS = {
+    "randlora": "RandLoraConfig",
+    "vblora": "VBLoRAConfig",
+    "pvera": "PveraConfig",
+    "tinylora": "TinyLoraConfig",
+    "unilora": "UniLoraConfig",
+    "frod": "FrodConfig",
+}
+"""Configuration classes that not every supported peft has, by method."""
+
+
+def has(method: str) -> bool:
+    """Whether the installed peft has a method; before 0.20 nothing can make PVeRA's noise the same on all ranks."""
+    comparable = method != "pvera" or versions.at_least("peft", "0.20.0")
+    return comparable and hasattr(peft, CONFIGS.get(method, "LoraConfig"))
 
 
 METHODS = {
@@ -121,6 +140,7 @@ def reference_of(setup: Setup) -> Setup:
         fsdp=0,
         use_orig_params=True,
         ram_efficient=False,
+        sharded=False,
         checkpointing=setup.checkpointing or setup.activation_checkpointing,
         activation_checkpointing=False,
     )
@@ -145,6 +165,31 @@ class Bench:
         where = self.folder / f"{method}-{setup.name}-{patched}".replace(" ", "_")
         outcome = trial.run(setup, METHODS[method], self.base, where, patched=patched)
         return outcome, trial.compare(outcome, self.reference(method, reference_of(setup)), setup)
+
+    def resumed(self, configure: Callable[[Any], Any], setup: Setup, name: str, *, patched: bool) -> str:
+        """Train, save a resume checkpoint on the way and the adapter at the end, and resume; "" where all is right.
+
+        The reference is `name`'s too: cells that share it have to be the same training.
+        """
+        one = self.named(name, configure, reference_of(setup))
+        if one.error:
+            return f"no reference: {one.error}"
+        where = self.folder / f"{name} {setup.name} {patched}"
+        writing = dataclasses.replace(setup, save_steps=trial.STEPS - 1)
+        verdict = trial.compare(trial.run(writing, configure, self.base, where, patched=patched), one, setup)
+        if not verdict.right:
+            return verdict.error
+        resuming = dataclasses.replace(setup, resume=str(where / f"checkpoint-{trial.STEPS - 1}"))
+        again = trial.run(resuming, configure, self.base, Path(f"{where} again"), patched=patched)
+        if not again.error and len(again.losses) != 1:
+            return f"resumed: it took {len(again.losses)} steps instead of 1"
+        verdict = trial.compare(again, one, setup)
+        return "" if verdict.right else f"resumed: {verdict.error}"
+
+    @functools.cache  # noqa: B019
+    def named(self, name: str, configure: Callable[[Any], Any], setup: Setup) -> Outcome:
+        where = self.folder / f"{name} one {abs(hash(setup))}"
+        return trial.run(setup, configure, self.base, where, ranks=1, patched=False)
 
     def has_reference(self, method: str, setup: Setup) -> str:
         """Why one process gives nothing to compare with, or ""."""

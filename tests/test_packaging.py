@@ -78,7 +78,7 @@ def test_installed(built: Path, tmp_path: Path, how: str) -> None:
             [str(interpreter), "-c", IMPORT],
             cwd=folder, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""},
         ).stdout  # fmt: skip
-        assert "accelerate_v0_26_backward" in printed
+        assert "accelerate_v0_30_backward" in printed
         assert ("site-packages" in printed) == (how == "wheel")
 
 
@@ -102,7 +102,7 @@ def test_without_the_targets(built: Path, tmp_path: Path) -> None:
 
 
 def test_straight_from_the_checkout(python: Callable[..., str]) -> None:
-    assert "accelerate_v0_26_backward" in python(IMPORT)
+    assert "accelerate_v0_30_backward" in python(IMPORT)
 
 
 def test_a_second_copy_of_the_patches_is_refused(python: Callable[..., str]) -> None:

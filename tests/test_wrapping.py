@@ -118,5 +118,53 @@ def test_a_foreign_function_on_the_seam_is_named() -> None:
     target.function.__module__ = "axolotl.monkeypatch"
     seam = Seam("function", ("value",), twice)
     wrapping.apply(target, [seam])
-    assert seam.foreign == "axolotl"
+    assert seam.foreign == "axolotl.monkeypatch"
     assert "axolotl" not in sys.modules
+
+
+def foreign(name: str, code: str, **names: Any) -> Any:
+    """A function of somebody else's module."""
+    made = types.ModuleType(name)
+    vars(made).update(names)
+    exec(code, made.__dict__)
+    return made.__dict__["replacement"]
+
+
+WRAPS = """
+import functools
+@functools.wraps(original)
+def replacement(value): return original(value) + 1
+"""
+WRAPT = """
+import wrapt
+replacement = wrapt.FunctionWrapper(original, lambda wrapped, instance, args, kwargs: wrapped(*args) + 1)
+"""
+
+
+@pytest.mark.parametrize("code", [WRAPS, WRAPT], ids=["functools", "wrapt"])
+def test_a_foreign_wrapper_is_named_below_and_above_ours(code: str) -> None:
+    """Both ways of wrapping show the name of the module that they wrap."""
+    target: Any = module()
+    target.function = foreign("swift.patcher", code, original=target.function)
+    seam = Seam("function", ("value",), twice)
+    wrapping.apply(target, [seam])
+    assert seam.foreign == "swift.patcher"
+    assert target.function(3) == 8
+    other: Any = module()
+    seam = Seam("function", ("value",), twice)
+    wrapping.apply(other, [seam])
+    assert seam.foreign == ""
+    other.function = foreign("llamafactory.model", code, original=other.function)
+    assert wrapping.replaced(other, seam) == ""
+    assert seam.foreign == "llamafactory.model"
+    assert other.function(3) == 7
+
+
+def test_who_assigned_over_ours_is_named() -> None:
+    target: Any = module()
+    seam = Seam("function", ("value",), twice)
+    wrapping.apply(target, [seam])
+    target.function = foreign("unsloth.models", "def replacement(value): return 0")
+    assert wrapping.replaced(target, seam) == "unsloth.models"
+    del target.function
+    assert wrapping.replaced(target, seam) == "somebody who removed it"

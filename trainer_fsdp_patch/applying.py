@@ -66,9 +66,8 @@ def refuse_wrapped(model: Any) -> None:
         PlanError: its adapter is already inside FSDP's units.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
 
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    sharded = any(isinstance(parameter, inventory.dtensor()) for parameter in model.parameters())
     if sharded or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise PlanError(
             message(
@@ -206,7 +205,20 @@ def keep_rng_state(model: Any) -> None:
             vars(module)["checkpoint_fn"] = functools.partial(function.func, *function.args, **keywords)
 
 
-def update_plugin(upstream: Callable[[Any, Any], None], model: Any, accelerator: Any) -> None:
+def update_plugin(upstream: Callable[[], None], model: Any) -> None:
     """Leave the plugin as the plan set it; models that are not ours go to the upstream function."""
     if prepared_for(model) is None:
-        upstream(model, accelerator)
+        upstream()
+
+
+def save_sharded(trainer: Any, folder: str | None) -> None:
+    """Write the adapter file of a planned model where the Trainer writes none, under SHARDED_STATE_DICT.
+
+    https://github.com/huggingface/transformers/issues/30491
+    """
+    if not getattr(trainer, "is_fsdp_enabled", False) or prepared_for(trainer.model) is None:
+        return
+    if "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
+        found = trainer.accelerator.get_state_dict(trainer.model)
+        if trainer.args.should_save:
+            trainer._save(trainer.args.output_dir if folder is None else folder, state_dict=found)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import wrapt
@@ -37,6 +38,24 @@ def call_with_canonical_names(function: Callable[..., Any], model: Any, *args: A
     return function(with_canonical_names(model), *args, **kwargs)
 
 
+@contextlib.contextmanager
+def gathered(model: Any, found: dict[str, Any] | None) -> Iterator[None]:
+    """Let a planned model answer `state_dict()` with what the ranks have gathered already.
+
+    Args:
+        model: a bare one.
+        found: what its save was given, or None.
+    """
+    if found is None or prepared_for(model) is None:
+        yield
+        return
+    vars(model)["state_dict"] = lambda *args, **kwargs: dict(found)
+    try:
+        yield
+    finally:
+        del vars(model)["state_dict"]
+
+
 def state_dict(upstream: Callable[..., Any], accelerator: Any, model: Any, unwrap: bool = True) -> Any:
     """Everything that the adapter file may take its tensors from.
 
@@ -61,30 +80,13 @@ def state_dict(upstream: Callable[..., Any], accelerator: Any, model: Any, unwra
     adapter = prepared.of_adapter()
     sync.compare(list(adapter), list(adapter.values()), "before saving")
     refuse_dead(adapter)
-    found = _on_cpu(persistent(model, adapter))
-    prove(accelerator.unwrap_model(model, keep_torch_compile=False), found, prepared)
+    found = on_cpu(persistent(model, adapter))
+    prove(inventory.bare(model), found, prepared)
     found.update(_embeddings(accelerator, model))
     return found
 
 
-def model_state_dict(
-    upstream: Callable[..., Any], model: Any, adapter_only: bool = False, sd_options: Any = None
-) -> Any:
-    """The model part of a full resume checkpoint under FSDP2: the adapter, whole on every rank.
-
-    Args:
-        upstream: accelerate's own; it is asked in all other cases.
-        model: as prepared by accelerate.
-        adapter_only: whether frozen base weights are left out.
-        sd_options: torch's StateDictOptions under FSDP2, or None.
-    """
-    prepared = prepared_for(model)
-    if prepared is None or not adapter_only or not getattr(sd_options, "full_state_dict", False):
-        return upstream(model, adapter_only=adapter_only, sd_options=sd_options)
-    return _on_cpu(persistent(model, prepared.of_adapter()))
-
-
-def _on_cpu(named: dict[str, Any]) -> dict[str, Any]:
+def on_cpu(named: dict[str, Any]) -> dict[str, Any]:
     """Copies on the CPU; a tensor that stands under several names is copied once."""
     copies = {id(tensor): tensor.detach().cpu() for tensor in {id(item): item for item in named.values()}.values()}
     return {name: copies[id(tensor)] for name, tensor in named.items()}
@@ -129,9 +131,8 @@ def refuse_dead(adapter: dict[str, Any]) -> None:
 def _embeddings(accelerator: Any, model: Any) -> dict[str, Any]:
     """Weights of the input and output embeddings, whole, on rank 0; every rank takes part."""
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
 
-    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    unwrapped = inventory.bare(model)
     getters = ("get_input_embeddings", "get_output_embeddings")
     layers = [getattr(unwrapped, getter)() for getter in getters if hasattr(unwrapped, getter)]
     wanted = {id(module) for layer in layers if layer is not None for module in layer.modules()}
@@ -141,7 +142,7 @@ def _embeddings(accelerator: Any, model: Any) -> dict[str, Any]:
     def collect(named: Any) -> None:
         for name, tensor in named:
             if canonical(name).rpartition(".")[0] in prefixes:
-                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                whole = tensor.full_tensor() if isinstance(tensor, inventory.dtensor()) else tensor
                 if accelerator.is_main_process:
                     result[canonical(name)] = whole.detach().cpu().clone()
 
@@ -157,8 +158,9 @@ def keys(model: Any, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What peft would write of a state dict, by adapter: {} for models that keep adapters in another way."""
     from peft.utils.save_and_load import get_peft_model_state_dict
 
+    named = with_canonical_names(model)
     return {
-        adapter: get_peft_model_state_dict(model, state_dict=found, adapter_name=adapter, save_embedding_layers=False)
+        adapter: get_peft_model_state_dict(named, state_dict=found, adapter_name=adapter, save_embedding_layers=False)
         for adapter in getattr(model, "peft_config", {})
     }
 

@@ -1,4 +1,4 @@
-"""Command line: `check` trains two ranks, `status` lists the patches."""
+"""Command line: `check` trains two ranks, `status` lists the patches, `seams` compares with what was tested."""
 
 from __future__ import annotations
 
@@ -32,27 +32,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     form = status.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--markdown", action="store_true", help="print the README's table")
+    seams = commands.add_parser("seams", help="for maintainers: what moved since the newest tested releases")
+    seams.add_argument("--record", action="store_true", help="write the installed releases as the tested ones")
     given = parser.parse_args(argv)
+    if given.command in ("check", "seams") and _missing():
+        text = message(
+            given.command,
+            f"{' and '.join(_missing())} not installed",
+            "Nothing was done",
+            "Install what your project pins",
+        )
+        sys.stderr.write(f"{text}\n")
+        return 2
     if given.command == "check":
-        missing = _missing()
-        if missing:
-            text = message(
-                "check",
-                f"{' and '.join(missing)} not installed",
-                "Nothing was trained",
-                "Install what your project pins",
-            )
-            sys.stderr.write(f"{text}\n")
-            return 2
         from trainer_fsdp_patch import checking
 
         return checking.check()
+    if given.command == "seams":
+        return _seams(record=given.record)
     if given.markdown:
         import trainer_fsdp_patch
 
         sys.stdout.write(markdown(trainer_fsdp_patch.status()))
         return 0
     return _status(as_json=given.json)
+
+
+def _seams(*, record: bool) -> int:
+    from trainer_fsdp_patch import checking, seams
+
+    checking.import_targets()
+    if record:
+        seams.record()
+    return seams.report()
 
 
 def _missing() -> list[str]:
@@ -80,7 +92,8 @@ def _status(*, as_json: bool) -> int:
             table.add_column(column, overflow="fold")
         for state in states:
             text = f"{state.state}: {state.reason}" if state.reason else state.state
-            text += f" (replaced before us by {state.foreign})" if state.foreign else ""
+            text += f" (also wrapped or replaced by {state.foreign})" if state.foreign else ""
+            text += f" (too late for {state.late}, wrapped before)" if state.late else ""
             table.add_row(state.name, text, state.versions, state.effect)
         Console(width=None if Console().is_terminal else 140).print(table)
     return int(any(state.state == "failed" for state in states))

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from trainer_fsdp_patch import versions
+
 _CONFIGS = (
     "FullStateDictConfig",
     "FullOptimStateDictConfig",
@@ -46,3 +48,12 @@ def _never_offloaded(upstream: Callable[[Any, str, Any], None]) -> Callable[[Any
 
     setattr_without_offload.__name__ = _never_offloaded.__name__
     return setattr_without_offload
+
+
+def allow_packed_weights() -> None:
+    """Let transformers before 4.53 load packed weights on a CPU without IPEX, which bitsandbytes 0.46 needs no more."""
+    import torch
+    import transformers.integrations
+
+    if not torch.cuda.is_available() and not versions.at_least("transformers", "4.53.0"):
+        transformers.integrations.validate_bnb_backend_availability = lambda raise_exception=False: True

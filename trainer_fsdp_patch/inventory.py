@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,19 +78,53 @@ def named_tensors(model: Any) -> Iterator[tuple[str, str, str, Any, Any, bool]]:
 
 def _base_child(module: Any) -> str | None:
     """Child through which a PEFT container reaches the base model; all else in it is the adapter's."""
+    return next((child for container, child in _containers() if isinstance(module, container)), None)
+
+
+@functools.cache
+def _containers() -> tuple[tuple[type, str], ...]:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.utils import other
 
-    for container, child in (
+    # The first class is the base of the second since peft 0.15.0.
+    auxiliary = getattr(other, "AuxiliaryTrainingWrapper", None) or other.ModulesToSaveWrapper
+    return (
         (PeftModel, "base_model"),
         (BaseTuner, "model"),
         (BaseTunerLayer, "base_layer"),
-        (AuxiliaryTrainingWrapper, "original_module"),
-    ):
-        if isinstance(module, container):
-            return child
-    return None
+        (auxiliary, "original_module"),
+    )
+
+
+def is_wrapper(module: Any) -> bool:
+    """Whether a module is PEFT's copy-and-train wrapper around a base module, as modules_to_save makes."""
+    return isinstance(module, _containers()[-1][0])
+
+
+def bare(model: Any) -> Any:
+    """The model below the wrappers that go around a whole one: FSDP1, DDP, DataParallel and compile."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn import DataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    while True:
+        if "_orig_mod" in getattr(model, "_modules", ()):
+            model = model._orig_mod
+        elif isinstance(model, (FullyShardedDataParallel, DistributedDataParallel, DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+@functools.cache
+def dtensor() -> Any:
+    """Class of sharded tensors, which became public in torch 2.5."""
+    try:
+        from torch.distributed.tensor import DTensor
+    except ImportError:
+        from torch.distributed._tensor import DTensor  # type: ignore[attr-defined, unused-ignore]
+    return DTensor
 
 
 def is_quantized(tensor: Any) -> bool:

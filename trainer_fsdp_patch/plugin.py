@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import planning
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 _ASKED = "_trainer_fsdp_patch_asked"
 _IGNORED = "_trainer_fsdp_patch_ignored"
 _POLICY = "_trainer_fsdp_patch_policy"
+
+
+def version_of(plugin: Any) -> int:
+    """FSDP's version; releases before accelerate 1.6 know the first one only."""
+    return int(getattr(plugin, "fsdp_version", 1))
 
 
 def record(plugin: Any, asked: dict[str, Any]) -> None:
@@ -33,7 +39,7 @@ def record(plugin: Any, asked: dict[str, Any]) -> None:
         planning.expression(plugin.ignored_modules)
     elif plugin.ignored_modules is not None:
         plugin.ignored_modules = planning.modules_only(plugin.ignored_modules)
-    if plugin.fsdp_version == 2 and asked.get("use_orig_params") is False:
+    if version_of(plugin) == 2 and asked.get("use_orig_params") is False:
         warn_orig_params()
 
 
@@ -44,16 +50,8 @@ def warn_of_losses(plugin: Any, config: dict[str, Any]) -> None:
         plugin: accelerate's FullyShardedDataParallelPlugin.
         config: `fsdp_config` of the TrainingArguments.
     """
-    if plugin.fsdp_version == 2 and str(config.get("use_orig_params")).lower() == "false":
+    if version_of(plugin) == 2 and str(config.get("use_orig_params")).lower() == "false":
         warn_orig_params()
-    if "SHARDED_STATE_DICT" in str(plugin.state_dict_type):
-        # https://github.com/huggingface/transformers/issues/30491
-        warn(
-            "state_dict_type",
-            "SHARDED_STATE_DICT is set, under which Trainer.save_model writes no adapter file",
-            "The run trains right and its checkpoints hold shards",
-            "Set state_dict_type to FULL_STATE_DICT to have the adapter written",
-        )
 
 
 def warn_orig_params() -> None:
@@ -90,8 +88,17 @@ def unit_classes(plugin: Any) -> Any:
     """Class names of the units; None for the model's own, and none at all where units go by size."""
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
+    if plugin.auto_wrap_policy is None:
+        # Releases before accelerate 1.0 read the environment when they wrap.
+        by_class = os.environ.get("FSDP_AUTO_WRAP_POLICY") == "TRANSFORMER_BASED_WRAP"
+        named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+        return (named.split(",") if named else None) if by_class else ()
     policy = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)
-    return plugin.transformer_cls_names_to_wrap if policy is transformer_auto_wrap_policy else ()
+    if policy is not transformer_auto_wrap_policy:
+        return ()
+    classes = getattr(plugin.auto_wrap_policy, "keywords", {}).get("transformer_layer_cls")
+    names = getattr(plugin, "transformer_cls_names_to_wrap", None)
+    return [item.__name__ for item in classes] if classes else names
 
 
 def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
@@ -109,7 +116,7 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
     dtype = getattr(policy, "param_dtype", None)
     plan = planning.make_plan(
         model,
-        fsdp_version=plugin.fsdp_version,
+        fsdp_version=version_of(plugin),
         mixed_precision=accelerator.mixed_precision,
         use_orig_params=plugin.use_orig_params,
         ignored_modules=user_ignored(plugin),

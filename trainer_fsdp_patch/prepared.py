@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import inventory, sync
-from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.errors import AdapterError, PlanError, message
 
 if TYPE_CHECKING:
     from trainer_fsdp_patch.planning import Plan
@@ -23,6 +23,7 @@ class Prepared:
         plan: the plan.
         names: canonical names of the tensors set aside; tensors: the tensors, in the same order.
         groups: data-parallel process groups that gradients are averaged over.
+        loading: whether a Trainer is reading a checkpoint; failure: why this rank refused it, or "".
     """
 
     def __init__(self, model: Any, plan: Plan, groups: Sequence[Any]) -> None:
@@ -30,6 +31,7 @@ class Prepared:
         self.plan, self.groups = plan, groups
         self.roles = {item.tensor.name: item.tensor.role for item in plan.set_aside}
         self.expected: dict[str, set[str]] = {}
+        self.loading, self.failure = False, ""
         self._pending: set[int] = set()
         self.refresh()
 
@@ -103,14 +105,21 @@ class Prepared:
 
 def prepared_for(model: Any) -> Prepared | None:
     """Record of a model, wrapped or not, if a plan was applied to it."""
-    from accelerate.utils import extract_model_from_parallel
-
-    return _PREPARED.get(extract_model_from_parallel(model, keep_torch_compile=False))
+    return _PREPARED.get(inventory.bare(model))
 
 
 def keep(model: Any, prepared: Prepared) -> None:
     """Remember the record for as long as the model lives."""
     _PREPARED[model] = prepared
+
+
+def in_order(parameters: Iterable[Any]) -> list[Any]:
+    """The same parameters, those that plans replicate first and as the plans have them.
+
+    A sum in another order ends in other last bits; ranks that clip by them drift apart.
+    """
+    places = {id(tensor): place for plan in _PREPARED.values() for place, tensor in enumerate(plan.tensors)}
+    return sorted(parameters, key=lambda parameter: places.get(id(parameter), len(places)))
 
 
 def average_gradients(accelerator: Any) -> None:
@@ -142,8 +151,86 @@ def set_aside(model: Any) -> Iterator[None]:
             slots = module._parameters if kind == "parameter" else module._buffers
             hidden.append((slots, key, tensor))
             slots[key] = None
+    shadows = _one_unit_for_tied_embeddings(model)
+    vars(model).update(shadows)
     try:
         yield
     finally:
+        for name in shadows:
+            del vars(model)[name]
         for slots, key, tensor in hidden:
             slots[key] = tensor
+
+
+def _one_unit_for_tied_embeddings(model: Any) -> dict[str, Any]:
+    """Getters that hide tied embeddings below PEFT's wrappers, which accelerate would put into two units.
+
+    It compares the weights that the wrappers show; the base weights behind them go to the root unit then.
+    """
+    getters = ("get_input_embeddings", "get_output_embeddings")
+    layers = [getattr(model, getter, lambda: None)() for getter in getters]
+    wrapped = any(inventory.is_wrapper(layer) for layer in layers)
+    weights = [getattr(getattr(layer, "original_module", layer), "weight", None) for layer in layers]
+    if not wrapped or weights[0] is None or weights[0] is not weights[1]:
+        return {}
+    return {getter: lambda: None for getter in getters}
+
+
+@contextlib.contextmanager
+def keep_dtype(model: Any) -> Iterator[None]:
+    """Ignore casts of a planned model: what is frozen keeps its dtype, and packed weights their bytes.
+
+    https://github.com/huggingface/accelerate/pull/3848
+    """
+    import torch
+
+    if prepared_for(model) is None:
+        yield
+        return
+    upstream = model.to
+
+    def to(target: Any) -> Any:
+        return model if isinstance(target, torch.dtype) else upstream(target)
+
+    vars(model)["to"] = to
+    try:
+        yield
+    finally:
+        del vars(model)["to"]
+
+
+@contextlib.contextmanager
+def known_arguments(model: Any) -> Iterator[None]:
+    """Spare torch before 2.7 the `ignored_params` that accelerate 1.11 and 1.12 hand it, empty or not.
+
+    https://github.com/huggingface/accelerate/pull/3924
+
+    Raises:
+        PlanError: they are a user's, and this torch cannot ignore anything.
+    """
+    import inspect
+
+    from torch.distributed import fsdp
+
+    upstream: Any = vars(fsdp)["fully_shard"]
+    takes = inspect.signature(upstream).parameters
+    if "ignored_params" in takes or prepared_for(model) is None:
+        yield
+        return
+
+    def fully_shard(*args: Any, ignored_params: Any = None, **kwargs: Any) -> Any:
+        if ignored_params:
+            text = message(
+                "ignored_modules",
+                "given for FSDP2 on a torch that cannot ignore parameters",
+                "They would be sharded against your setting",
+                "Use torch 2.7 or newer, or leave ignored_modules out",
+            )
+            raise PlanError(text, setting="ignored_modules")
+        return upstream(*args, **kwargs)
+
+    vars(fsdp)["fully_shard"] = fully_shard
+    try:
+        yield
+    finally:
+        vars(fsdp)["fully_shard"] = upstream

@@ -7,13 +7,14 @@ import importlib
 import logging
 import os
 import pkgutil
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 
-from trainer_fsdp_patch import hooks, versions, wrapping
+from trainer_fsdp_patch import hooks, prewrapped, versions, wrapping
 from trainer_fsdp_patch.errors import PatchError, TrainerFsdpPatchWarning, message
 
 logger = logging.getLogger("trainer_fsdp_patch")
@@ -22,6 +23,7 @@ PACKAGE = "trainer_fsdp_patch.patches"
 DISABLE = "TRAINER_FSDP_PATCH_DISABLE"
 """Environment variable: names of patches, separated by commas, that `patch()` leaves out; `*` is all."""
 
+NEWER = "{} is newer than {}, the newest release tested"
 UNUSED, WAITING, APPLIED, SKIPPED, FAILED = "unused", "waiting", "applied", "skipped", "failed"
 
 
@@ -38,7 +40,8 @@ class Status:
         fixed_in: upstream release that made it unnecessary, or "".
         effect: what the patch does.
         upstream: address of the upstream source or issue.
-        foreign: package that had replaced a seam before us, or "".
+        foreign: modules of other packages that have wrapped or replaced a seam, or "".
+        late: classes of models that FSDP had wrapped already when `patch()` came, or "".
     """
 
     name: str
@@ -49,6 +52,7 @@ class Status:
     effect: str
     upstream: str
     foreign: str
+    late: str
 
 
 class Patch:
@@ -62,6 +66,9 @@ class Patch:
         target: module to wait for; never imported by us.
         fixed_in: release that repaired the fault, or None while upstream is open.
         needs: names of patches without which this one would do harm.
+        alongside: the same, of patches that do not concern every supported release.
+        witness: upstream function whose body has the fault, where that is not a wrapped one; it is watched
+            by `seams`, and the range is held against it.
     """
 
     def __init__(
@@ -72,15 +79,19 @@ class Patch:
         target: str,
         fixed_in: str | None = None,
         needs: tuple[str, ...] = (),
+        alongside: tuple[str, ...] = (),
+        witness: tuple[str, str] | None = None,
     ) -> None:
         self.name = module.rsplit(".", 1)[-1]
-        self.versions, self.target, self.fixed_in, self.needs = versions, target, fixed_in, needs
+        self.versions, self.target, self.fixed_in = versions, target, fixed_in
+        self.needs, self.alongside, self.witness = needs, alongside, witness
         documentation = (sys.modules[module].__doc__ or "").strip()
         self.effect = documentation.split("\n", 1)[0]
         self.upstream = documentation.partition("Upstream: ")[2].split("\n", 1)[0].strip()
         self.seams: list[wrapping.Seam] = []
         self.state, self.reason, self.error = UNUSED, "", None
         self.wanted = self.hooked = self.strict = False
+        self.late = ""
 
     def wrap(self, path: str, *parameters: str) -> Callable[[wrapping.WrapperFunction], wrapping.WrapperFunction]:
         """Put the decorated function, in wrapt's four-argument form, around `path` of the target.
@@ -96,18 +107,45 @@ class Patch:
 
         return add
 
+    def concerns(self) -> bool:
+        """Whether the range holds for what is installed."""
+        version = versions.installed(versions.package_of(self.versions))
+        return version is not None and versions.matches(self.versions, version)
+
+    def required(self) -> list[Patch]:
+        """Patches without which this one would do harm with what is installed."""
+        return [find(name) for name in self.needs] + [item for item in map(find, self.alongside) if item.concerns()]
+
     def is_complete(self) -> bool:
         """Whether every patch that this one needs is applied too."""
-        return all(find(name).state == APPLIED for name in self.needs)
+        return all(item.state == APPLIED for item in self._required)
+
+    @functools.cached_property
+    def _required(self) -> list[Patch]:
+        return self.required()
 
     def status(self) -> Status:
         if self.state == APPLIED and not self.is_complete():
-            missing = [name for name in self.needs if find(name).state != APPLIED]
+            missing = [item.name for item in self.required() if item.state != APPLIED]
             state, reason = WAITING, f"stands back until {', '.join(missing)} is applied"
         else:
             state, reason = self.state, self.reason
+        module = sys.modules.get(self.target)
+        others = [] if module is None else [wrapping.replaced(module, seam) for seam in self.seams]
+        if any(others):
+            state, reason = FAILED, f"{next(filter(None, others))} replaced a seam after us"
         foreign = ", ".join(sorted({seam.foreign for seam in self.seams} - {""}))
-        return Status(self.name, state, reason, self.versions, self.fixed_in or "", self.effect, self.upstream, foreign)
+        return Status(
+            self.name,
+            state,
+            reason,
+            self.versions,
+            self.fixed_in or "",
+            self.effect,
+            self.upstream,
+            foreign,
+            self.late if state == APPLIED else "",
+        )
 
 
 @functools.cache
@@ -134,8 +172,7 @@ def refuse_overlaps(patches: Iterable[Patch]) -> None:
     """
     owner: dict[tuple[str, str], Patch] = {}
     for patch in patches:
-        version = versions.installed(versions.package_of(patch.versions))
-        if version is None or not versions.matches(patch.versions, version):
+        if not patch.concerns():
             continue
         for seam in patch.seams:
             other = owner.setdefault((patch.target, seam.path), patch)
@@ -161,8 +198,11 @@ def patch(*names: str, strict: bool = False) -> list[Status]:
     """Repair what is installed; see `trainer_fsdp_patch.patch`."""
     wanted = [find(name) for name in names] or list(discover().values())
     for item in wanted:
-        wanted.extend(other for other in map(find, item.needs) if other not in wanted)
+        wanted.extend(other for other in item.required() if other not in wanted)
     disabled = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
+    late = ", ".join(prewrapped.models()) if any(item.state == UNUSED for item in wanted) else ""
+    if late:
+        _warn_late(late, strict)
     for item in wanted:
         reason = _inapplicable(item, disabled)
         if reason and item.name in names:
@@ -174,7 +214,7 @@ def patch(*names: str, strict: bool = False) -> list[Status]:
         item.strict = strict or item.name in names
         item.wanted = True
         if item.state != APPLIED:
-            item.state, item.reason = WAITING, f"waits for {item.target} to be imported"
+            item.state, item.reason, item.late = WAITING, f"waits for {item.target} to be imported", late
             _hook(item)
     return status()
 
@@ -188,8 +228,27 @@ def _inapplicable(item: Patch, disabled: set[str]) -> str:
         return f"{package} is not installed"
     if not versions.matches(item.versions, version):
         fixed = f" (fixed in {item.fixed_in})" if item.fixed_in else ""
-        return f"{package} {version} is outside {item.versions}{fixed}"
+        heirs = [other.name for other in discover().values() if other.concerns() and _same_noun(item, other)]
+        heir = f" ({heirs[0]} does it there)" if heirs and not fixed else ""
+        return f"{package} {version} is outside {item.versions}{fixed}{heir}"
     return ""
+
+
+def _same_noun(one: Patch, other: Patch) -> bool:
+    noun = [re.sub(r"_v\d+_\d+", "", item.name) for item in (one, other)]
+    return noun[0] == noun[1]
+
+
+def _warn_late(late: str, strict: bool) -> None:
+    text = message(
+        "patch()",
+        f"{late} wrapped by FSDP already",
+        "What is prepared from now on is repaired; those models are as upstream left them",
+        "Call patch() before the Trainer trains or evaluates",
+    )
+    if strict:
+        raise PatchError(text, found=late)
+    warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=4)
 
 
 def _hook(item: Patch) -> None:
@@ -205,7 +264,10 @@ def _apply(item: Patch, module: ModuleType) -> None:
         return
     package = versions.package_of(item.versions)
     version = versions.installed(package)
+    untested = versions.newer_than_tested(package)
     try:
+        if untested and item.strict:
+            raise PatchError(NEWER.format(version, versions.NEWEST_TESTED[package]))
         wrapping.apply(module, item.seams)
     except Exception as error:
         item.state, item.reason = FAILED, f"{error} in {package} {version}"
@@ -220,20 +282,18 @@ def _apply(item: Patch, module: ModuleType) -> None:
         warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=2)
         return
     item.state, item.reason = APPLIED, ""
-    if versions.newer_than_tested(package):
-        _warn_untested(package, str(version), item.strict)
+    if untested:
+        _warn_untested(package, str(version))
 
 
 @functools.cache
-def _warn_untested(package: str, version: str, strict: bool) -> None:
+def _warn_untested(package: str, version: str) -> None:
     text = message(
         package,
-        f"{version} is newer than {versions.NEWEST_TESTED[package]}, the newest release tested",
+        NEWER.format(version, versions.NEWEST_TESTED[package]),
         "The seams have the signatures that the patches know, so the patches are applied",
         "Run `python -m trainer_fsdp_patch check` to see that they hold",
     )
-    if strict:
-        raise PatchError(text, found=version)
     warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=3)
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer_fsdp_patch import cpu, stack
+
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}
 """Largest relative error of an update, by the lowest precision that takes part in the forward."""
 
@@ -34,7 +36,10 @@ class Setup:
         dtype: of the base model; amp: mixed precision, "no" or "bf16".
         storage: "" for an unquantized base, "8bit", or the quant_storage of a 4-bit one.
         use_orig_params, activation_checkpointing, ram_efficient: of FSDP.
+        sharded: whether checkpoints are SHARDED_STATE_DICT.
         accumulation, checkpointing, clip, optim: of the Trainer; clip is max_grad_norm.
+        save_steps: a resume checkpoint is written after so many steps; 0 is never.
+        resume: resume checkpoint to start from, or "".
     """
 
     name: str
@@ -45,10 +50,13 @@ class Setup:
     use_orig_params: bool = True
     activation_checkpointing: bool = False
     ram_efficient: bool = False
+    sharded: bool = False
     accumulation: int = 1
     checkpointing: bool = False
     clip: float = 1.0
     optim: str = "adamw_torch"
+    save_steps: int = 0
+    resume: str = ""
 
     @property
     def tolerance(self) -> float:
@@ -82,6 +90,8 @@ class Verdict:
 
 
 STEPS, BATCH, LENGTH, VOCABULARY = 3, 4, 12, 96
+TIMEOUT = 60.0
+"""Seconds after which ranks that wait for each other are killed."""
 
 
 def tiny_base(folder: Path) -> str:
@@ -111,6 +121,8 @@ def load_base(folder: str, setup: Setup) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = None
+    if setup.storage:
+        cpu.allow_packed_weights()
     if setup.storage == "8bit":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     elif setup.storage:
@@ -120,9 +132,15 @@ def load_base(folder: str, setup: Setup) -> Any:
             bnb_4bit_compute_dtype=torch.bfloat16 if setup.amp == "bf16" else getattr(torch, setup.dtype),
             bnb_4bit_quant_storage=getattr(torch, setup.storage),
         )
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, setup.dtype), quantization_config=quantization, attn_implementation="eager"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=quantization,
+        attn_implementation="eager",
+        **{stack.dtype_argument(): getattr(torch, setup.dtype)},
     )
+    # FSDP's checkpointing recomputes layers, which would fill a cache twice.
+    model.config.use_cache = False
+    return model
 
 
 def nudge(model: Any) -> None:
@@ -137,7 +155,7 @@ def nudge(model: Any) -> None:
 
 
 def dataset(size: int) -> list[dict[str, Any]]:
-    """Random token sequences; the number of labelled tokens differs from one to the next."""
+    """Random token sequences; the number of labelled tokens differs where the release accounts for that."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -145,7 +163,7 @@ def dataset(size: int) -> list[dict[str, Any]]:
     for index in range(size):
         ids = torch.randint(0, VOCABULARY, (LENGTH,), generator=generator)
         labels = ids.clone()
-        labels[: index % 5] = -100
+        labels[: index % 5 if stack.normalises_over_ranks() else 1] = -100
         rows.append({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
     return rows
 
@@ -155,17 +173,7 @@ def arguments(setup: Setup, folder: str, ranks: int) -> Any:
     import torch
     from transformers import TrainingArguments
 
-    distributed: dict[str, Any] = {}
-    if ranks > 1 and setup.fsdp:
-        config: dict[str, Any] = {
-            "version": setup.fsdp,
-            "state_dict_type": "FULL_STATE_DICT",
-            "cpu_ram_efficient_loading": setup.ram_efficient,
-            "activation_checkpointing": setup.activation_checkpointing,
-        }
-        if setup.fsdp == 1:
-            config |= {"use_orig_params": setup.use_orig_params, "sync_module_states": torch.cuda.is_available()}
-        distributed = {"fsdp": True, "fsdp_config": config}
+    distributed = stack.fsdp(setup) if ranks > 1 and setup.fsdp else {}
     checkpointing = setup.checkpointing or (setup.activation_checkpointing and not distributed)
     return TrainingArguments(
         output_dir=folder,
@@ -182,13 +190,14 @@ def arguments(setup: Setup, folder: str, ranks: int) -> Any:
         gradient_checkpointing=checkpointing,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",
+        save_strategy="steps" if setup.save_steps else "no",
+        save_steps=setup.save_steps or STEPS,
         report_to=[],
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         ddp_backend=None if ranks == 1 or torch.cuda.is_available() else "gloo",
         seed=0,
-        data_seed=0,
+        **stack.tokens(),
         **distributed,
     )
 
@@ -198,11 +207,11 @@ def enter(setup: Setup, folder: str, ranks: int, *, patched: bool) -> Any:
     import torch
 
     import trainer_fsdp_patch
-    from trainer_fsdp_patch import cpu
 
     torch.set_num_threads(1)
     if patched:
         trainer_fsdp_patch.patch(strict=True)
+    stack.environment()
     given = arguments(setup, folder, ranks)
     if ranks > 1 and setup.fsdp and given.device.type == "cpu":
         cpu.bridge(given)
@@ -240,7 +249,7 @@ def train(
     trainer.remove_callback(transformers.PrinterCallback)
     if ranks == 1:
         model.save_pretrained(f"{folder}/init")
-    trainer.train()
+    trainer.train(resume_from_checkpoint=setup.resume or None)
     with recorder.count() as counted:
         trainer.save_model(folder)
     outcome: Outcome = recorder.outcome
@@ -316,14 +325,13 @@ def _recorder() -> Any:
     return recorder
 
 
-def launch(function: Callable[..., Outcome], *args: Any, ranks: int, timeout: float = 60.0) -> list[Outcome]:
+def launch(function: Callable[..., Outcome], *args: Any, ranks: int) -> list[Outcome]:
     """Fork `ranks` processes, run a function in each, and collect what they return.
 
     Args:
         function: called as `function(*args, rank)` with the environment of a launcher set.
         *args: for the function; nothing is pickled.
         ranks: number of processes; one alone gets no distributed environment.
-        timeout: seconds until the rest is killed; it also ends ranks that wait for one that died.
 
     Returns:
         One outcome for each rank; a rank that died or hung has an error.
@@ -339,12 +347,12 @@ def launch(function: Callable[..., Outcome], *args: Any, ranks: int, timeout: fl
         ]
         for child in children:
             child.start()
-        _wait(children, timeout)
+        _wait(children)
         return [_read(Path(f"{folder}/{rank}")) for rank in range(ranks)]
 
 
-def _wait(children: list[Any], timeout: float) -> None:
-    deadline = time.monotonic() + timeout
+def _wait(children: list[Any]) -> None:
+    deadline = time.monotonic() + TIMEOUT
     while any(child.is_alive() for child in children):
         if any(child.exitcode not in (None, 0) for child in children):
             deadline = min(deadline, time.monotonic() + 3)
@@ -431,14 +439,15 @@ def compare(case: Outcome, reference: Outcome, setup: Setup) -> Verdict:
     if missing:
         return Verdict(f"{len(missing)} of {len(last)} keys missing or foreign, such as {missing[0]}", float("nan"))
     pairs = [(first, last, saved)]
-    if case.steps and all(_alike(*step) for step in zip(case.steps, reference.steps, strict=True)):
-        start = reference.steps[0]
-        pairs += [(start, *step) for step in zip(reference.steps[1:], case.steps[1:], strict=True)]
+    # A resumed run has taken the last steps only.
+    after = reference.steps[len(reference.steps) + 1 - len(case.steps) :] if case.steps else []
+    if after and all(_alike(*step) for step in zip(case.steps[1:], after, strict=True)):
+        pairs += [(reference.steps[0], *step) for step in zip(after, case.steps[1:], strict=True)]
     errors = [_error(key, *(tensors[key] for tensors in pair)) for pair in pairs for key in pair[1]]
     errors += [
         Verdict("", abs(value - wanted) / max(abs(wanted), 1e-12))
         for ours, theirs in ((case.losses, reference.losses), (case.norms, reference.norms))
-        for value, wanted in zip(ours, theirs, strict=True)
+        for value, wanted in zip(ours, theirs[-len(ours) :], strict=True)
     ]
     broken = next((verdict for verdict in errors if verdict.error), None)
     worst = max(errors, key=lambda verdict: verdict.worst).worst

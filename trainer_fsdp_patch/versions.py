@@ -18,6 +18,9 @@ NEWEST_TESTED = {
 }
 """Newest release of each target that the test matrix of this package has run on."""
 
+OLDEST_SUPPORTED = {"accelerate": "0.30.0", "peft": "0.11.0", "transformers": "4.40.0"}
+"""Oldest release of each wrapped package that the test matrix of this package has run on."""
+
 
 @functools.cache
 def installed(package: str) -> Version | None:
@@ -45,6 +48,12 @@ def matches(requirement: str, version: Version) -> bool:
     from packaging.requirements import Requirement
 
     return Requirement(requirement).specifier.contains(version, prereleases=True)
+
+
+def at_least(package: str, release: str) -> bool:
+    """Whether the installed release of a package is `release` or newer."""
+    found = installed(package)
+    return found is not None and matches(f"{package}>={release}", found)
 
 
 def newer_than_tested(package: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -75,10 +76,41 @@ def check(module: ModuleType, seam: Seam) -> None:
             f"{module.__name__}.{seam.path} takes ({', '.join(found)}), the patch knows ({wanted})",
             found=", ".join(found),
         )
-    owner = (getattr(inspect.unwrap(function), "__module__", None) or "").split(".")[0]
-    direct = (getattr(function, "__module__", None) or "").split(".")[0]
-    home = module.__name__.split(".")[0]
-    seam.foreign = "" if {owner, direct} <= {home, "trainer_fsdp_patch"} else direct or owner
+    seam.foreign = stranger(function, module)
+
+
+def stranger(function: Any, module: ModuleType) -> str:
+    """Module of another package that put a function in place of, or around, one of `module`'s package, or ""."""
+    known = {module.__name__.split(".")[0], "trainer_fsdp_patch", "torch", *sys.stdlib_module_names}
+    while function is not None:
+        for owner in () if type(function) is PatchWrapper else _owners(function):
+            if owner.split(".")[0] not in known:
+                return owner
+        function = getattr(function, "__wrapped__", None)
+    return ""
+
+
+def _owners(function: Any) -> list[str]:
+    """Modules that a function says it is of, and is of: functools.wraps and wrapt hide the second."""
+    inner = getattr(function, "_self_wrapper", function)
+    inner = getattr(inner, "__func__", inner)
+    named = [getattr(function, "__module__", None), getattr(inner, "__module__", None)]
+    return [str(name) for name in (*named, getattr(inner, "__globals__", {}).get("__name__")) if name]
+
+
+def replaced(module: ModuleType, seam: Seam) -> str:
+    """Module that assigned over a live wrapper of ours, so that it is called no more, or ""."""
+    if not seam.live:
+        return ""
+    try:
+        found = resolve(module, seam.path)[2]
+    except AttributeError:
+        return "somebody who removed it"
+    if _carries(found, seam._wrapper):
+        seam.foreign = seam.foreign or stranger(found, module)
+        return ""
+    function = getattr(found, "__func__", found)
+    return stranger(function, module) or str(getattr(function, "__module__", None) or "somebody unknown")
 
 
 def apply(module: ModuleType, seams: Iterable[Seam]) -> None:
@@ -111,8 +143,8 @@ def _write(module: ModuleType, seam: Seam) -> None:
     setattr(parent, attribute, wrapper)
 
 
-def _carries(function: Any, wrapper: PatchWrapper) -> bool:
-    """Whether somebody else's wrapper still has ours, silenced by an earlier undo, inside."""
+def _carries(function: Any, wrapper: PatchWrapper | None) -> bool:
+    """Whether a function is a wrapper of ours or somebody else's that still has it inside."""
     while function is not None:
         if function is wrapper:
             return True

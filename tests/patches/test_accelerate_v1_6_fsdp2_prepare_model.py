@@ -1,18 +1,70 @@
-"""RAM-efficient loading expects a DTensor for every entry; buffers and 8-bit layers cannot be one."""
+"""Buffers and 8-bit layers are taken for shards, and the frozen base is cast to fp32."""
+
+from pathlib import Path
 
 import pytest
-from faults import canary, fault
-from matrix import Bench, Setup
+import torch
+from faults import canary, fault, fsdp2, packed, where
+from matrix import METHODS, Bench, Setup, trial
+
+from trainer_fsdp_patch.trial import Outcome
 
 
 def test_canary() -> None:
     canary("accelerate_v1_6_fsdp2_prepare_model")
 
 
+@fsdp2
+@where("accelerate>=1.7.dev0")  # 1.6 asks for CUDA by name
 @pytest.mark.parametrize("method", ["vera", "pvera", "randlora", "frod"])
 def test_ram_efficient_loading(bench: Bench, method: str) -> None:
     fault(bench, method, Setup("f2-ram", ram_efficient=True), "has no attribute 'device_mesh'")
 
 
+@fsdp2
 def test_8bit(bench: Bench) -> None:
     fault(bench, "vera", Setup("f2-8bit", dtype="bfloat16", storage="8bit"), "no attribute 'CB'")
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes: packed weights spell NaN here and there, which equals nothing."""
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+def dtypes(patched: bool, setup: Setup, base: str, folder: str, rank: int) -> Outcome:
+    """Dtypes and bytes of the frozen base before and after a run."""
+    from transformers import Trainer
+
+    given = trial.enter(setup, folder, 2, patched=patched)
+    model = METHODS["lora"](trial.load_base(base, setup))
+    before = {name: item.detach().clone() for name, item in model.named_parameters() if not item.requires_grad}
+    Trainer(model=model, args=given, train_dataset=trial.dataset(trial.STEPS * trial.BATCH)).train()
+    changed = []
+    for name, item in model.named_parameters():
+        if not item.requires_grad:
+            whole = item.full_tensor() if hasattr(item, "full_tensor") else item
+            same = whole.dtype == before[name].dtype and raw(whole).equal(raw(before[name]))
+            changed += [] if same else [f"{name} {whole.dtype}"]
+    return Outcome(extra={"changed": changed, "names": len(before)})
+
+
+@fsdp2
+@pytest.mark.parametrize("storage", ["", pytest.param("bfloat16", marks=packed)])
+def test_the_frozen_base_keeps_its_bits(bench: Bench, tmp_path: Path, storage: str) -> None:
+    setup = Setup("bits", dtype="bfloat16", storage=storage, amp="bf16")
+    [patched, _] = trial.launch(dtypes, True, setup, bench.base, str(tmp_path), ranks=2)
+    assert not patched.error, patched.extra
+    assert patched.extra["names"] > 10
+    assert patched.extra["changed"] == []
+    [stock, _] = trial.launch(dtypes, False, setup, bench.base, str(tmp_path), ranks=2)
+    assert not stock.error, stock.extra
+    assert any("float32" in line for line in stock.extra["changed"])
+
+
+@where("accelerate>=1.11.dev0", "torch<2.7.dev0")
+def test_a_torch_that_cannot_ignore_parameters(bench: Bench, tmp_path: Path) -> None:
+    """On CPU ranks such a torch shards and then lacks an event for its streams, on GPUs it trains."""
+    stock = trial.run(Setup("f2"), METHODS["lora"], bench.base, tmp_path / "stock", patched=False)
+    assert "ignored_params" in stock.error
+    patched = trial.run(Setup("f2"), METHODS["lora"], bench.base, tmp_path / "patched")
+    assert "record_event" in patched.error if not torch.cuda.is_available() else not patched.error

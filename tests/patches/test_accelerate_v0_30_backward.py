@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import canary
+from faults import FLAVOURS, canary
 from matrix import METHODS, Bench, Setup, reference_of, trial
 
 from trainer_fsdp_patch.trial import Outcome
 
-NAME = "accelerate_v0_26_backward"
+NAME = "accelerate_v0_30_backward"
 
 
 def test_canary() -> None:
@@ -24,7 +24,7 @@ def without_average(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
     return trial.train(setup, METHODS["vera"], base, folder, 2, True, rank)
 
 
-@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_without_it_ranks_train_adapters_of_their_own(bench: Bench, tmp_path: Path, fsdp: int) -> None:
     outcomes = trial.launch(without_average, Setup("alone", fsdp=fsdp), bench.base, str(tmp_path), ranks=2)
     for outcome in outcomes:
@@ -41,7 +41,7 @@ def counted(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
     return outcome
 
 
-@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_one_average_for_each_accumulation_window(bench: Bench, tmp_path: Path, fsdp: int) -> None:
     setup = Setup("window", fsdp=fsdp, accumulation=3)
     for outcome in trial.launch(counted, setup, bench.base, str(tmp_path), ranks=2):

@@ -12,14 +12,23 @@ from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(
     __name__,
-    versions="transformers>=5.2.dev0",
+    versions="transformers>=4.40.dev0",
     target="transformers.trainer",
-    needs=(
-        "accelerate_v0_26_backward",
-        "accelerate_v0_26_get_state_dict",
+    needs=("accelerate_v0_30_backward", "accelerate_v0_30_get_state_dict"),
+    alongside=(
+        "accelerate_v0_30_checkpoint",
         "accelerate_v1_6_fsdp2_prepare_model",
+        "accelerate_v1_7_checkpoint",
+        "accelerate_v1_7_optimizer_state",
         "accelerate_v1_8_autocast",
+        "accelerate_v1_13_fsdp2_prepare_model",
+        "accelerate_v1_15_checkpoint",
+        "peft_v0_15_state_dict_names",
         "peft_v0_21_state_dict_names",
+        "torch_v2_2_grad_norm",
+        "transformers_v4_40_fsdp_plugin",
+        "transformers_v4_40_resume",
+        "transformers_v4_40_save_model",
         "transformers_v5_2_fsdp_plugin",
     ),
 )

@@ -10,7 +10,7 @@ from typing import Any
 from trainer_fsdp_patch import plugin
 from trainer_fsdp_patch.registry import Patch
 
-patch = Patch(__name__, versions="accelerate>=0.26.dev0", target="accelerate.utils.dataclasses")
+patch = Patch(__name__, versions="accelerate>=0.30.dev0", target="accelerate.utils.dataclasses")
 
 
 @patch.wrap("FullyShardedDataParallelPlugin.__post_init__", "self")

@@ -10,7 +10,7 @@ from typing import Any
 from trainer_fsdp_patch import checkpoint
 from trainer_fsdp_patch.registry import Patch
 
-patch = Patch(__name__, versions="accelerate>=0.26.dev0", target="accelerate.accelerator")
+patch = Patch(__name__, versions="accelerate>=0.30.dev0", target="accelerate.accelerator")
 
 
 @patch.wrap("Accelerator.get_state_dict", "self", "model", "unwrap")

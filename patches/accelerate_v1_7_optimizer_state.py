@@ -1,0 +1,26 @@
+"""Reads the state of a sharded optimizer by the names that it was saved by, and not by parameter numbers.
+
+Upstream: https://github.com/huggingface/accelerate/pull/3904
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import resume
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(
+    __name__,
+    versions="accelerate>=1.7.dev0,<1.13.dev0",
+    target="accelerate.utils.fsdp_utils",
+    fixed_in="accelerate 1.13.0",
+    witness=("accelerate.utils.fsdp_utils", "load_fsdp_optimizer"),
+)
+
+
+@patch.wrap("_prepare_sd_options", "fsdp_plugin")
+def named_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Called by the load just before it asks the optimizer what to read into."""
+    resume.answer_by_name(args[0] if args else kwargs["fsdp_plugin"])
+    return wrapped(*args, **kwargs)

@@ -1,0 +1,25 @@
+"""Gives VeRA's layers the shared projections on the device and in the dtype of their input.
+
+Upstream: https://github.com/huggingface/peft/issues/2407
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import placing
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(
+    __name__,
+    versions="peft>=0.11.dev0,<0.14.dev0",
+    target="peft.tuners.vera.layer",
+    fixed_in="peft 0.14.0",
+)
+
+
+@patch.wrap("Linear.forward", "self", "x", "args", "kwargs")
+def projections_beside_the_input(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Show the layer moved copies of its projections for the time of the call."""
+    with placing.beside(instance, args[0] if args else kwargs["x"]):
+        return wrapped(*args, **kwargs)

@@ -1,0 +1,24 @@
+"""Loads adapters in distributed runs without the tensor-parallel class that transformers 5.16 removed.
+
+Upstream: https://github.com/huggingface/peft/blob/v0.20.0/src/peft/utils/save_and_load.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import placing
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(
+    __name__,
+    versions="peft>=0.19.dev0,<0.20.dev0",
+    target="peft.utils.save_and_load",
+    fixed_in="peft 0.20.0",
+)
+
+
+@patch.wrap("_maybe_shard_state_dict_for_tp", "model", "state_dict", "adapter_name")
+def only_with_a_plan(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Skip the upstream function where no layer is tensor parallel: it would have nothing to do."""
+    return placing.shard_for_tp(wrapped, *args, **kwargs)

@@ -1,0 +1,25 @@
+"""Gives every rank the same norm of the replicated gradients, which FSDP1 sums up in the order of a set.
+
+Upstream: https://github.com/pytorch/pytorch/blob/v2.5.0/torch/distributed/fsdp/fully_sharded_data_parallel.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import prepared
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(
+    __name__,
+    versions="torch>=2.2.dev0,<2.5.dev0",
+    target="torch.distributed.fsdp.fully_sharded_data_parallel",
+    fixed_in="torch 2.5.0",
+)
+
+
+@patch.wrap("_get_grad_norm", "params", "norm_type")
+def norm_in_one_order(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hand over the parameters in the order of the plan, which is that of all ranks."""
+    params, *rest = args
+    return wrapped(prepared.in_order(params), *rest, **kwargs)

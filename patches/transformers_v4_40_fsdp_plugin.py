@@ -1,0 +1,21 @@
+"""Keeps PEFT's wrap policy, one unit for each lora_A and lora_B, away from a plan that replicates them.
+
+Before transformers 4.50 it also ends quantized runs of other methods than LoRA with an UnboundLocalError.
+
+Upstream: https://github.com/huggingface/peft/pull/2681
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import applying
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="transformers>=4.40.dev0,<5.2.dev0", target="transformers.trainer")
+
+
+@patch.wrap("Trainer._fsdp_qlora_plugin_updates", "self")
+def leave_the_plan(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Skip the upstream function for a planned model: the plan has set policy and dtypes already."""
+    return applying.update_plugin(wrapped, instance.model)

@@ -1,0 +1,29 @@
+"""Saves an adapter that transformers added from the tensors that FSDP gathered, and not from one rank's model.
+
+Upstream: https://github.com/huggingface/transformers/blob/v4.50.0/src/transformers/modeling_utils.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import checkpoint
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(
+    __name__,
+    versions="transformers>=4.40.dev0,<4.50.dev0",
+    target="transformers.modeling_utils",
+    fixed_in="transformers 4.50.0",
+)
+
+
+@patch.wrap(
+    "PreTrainedModel.save_pretrained",
+    "self", "save_directory", "is_main_process", "state_dict", "save_function", "push_to_hub", "max_shard_size",
+    "safe_serialization", "variant", "token", "save_peft_format", "kwargs",
+)  # fmt: skip
+def save_what_was_gathered(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The upstream function asks the model again on rank 0, where FSDP1 waits for the other ranks for ever."""
+    with checkpoint.gathered(instance, args[2] if len(args) > 2 else kwargs.get("state_dict")):
+        return wrapped(*args, **kwargs)

@@ -1,0 +1,34 @@
+"""Resumes from checkpoints with rank 0's adapter on every rank, and with the state of a sharded optimizer.
+
+Upstream: https://github.com/huggingface/accelerate/pull/3904
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import resume
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers.trainer")
+
+
+@patch.wrap("Trainer._load_from_checkpoint", "self", "resume_from_checkpoint", "model")
+def load_on_every_rank(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Load as always; accelerate reads some checkpoints on rank 0 only."""
+    with resume.loading(instance):
+        return wrapped(*args, **kwargs)
+
+
+@patch.wrap("Trainer._load_best_model", "self")
+def load_best_on_every_rank(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same at the end of a run."""
+    with resume.loading(instance):
+        return wrapped(*args, **kwargs)
+
+
+@patch.wrap("Trainer._load_optimizer_and_scheduler", "self", "checkpoint")
+def load_into_a_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make what is read into: a fresh optimizer has no entries, so nothing would be read."""
+    with resume.initialized_optimizer(instance, args[0] if args else kwargs["checkpoint"]):
+        return wrapped(*args, **kwargs)

@@ -1,0 +1,20 @@
+"""Writes the adapter file under SHARDED_STATE_DICT too, FSDP2's default until transformers 5.10.
+
+Upstream: https://github.com/huggingface/transformers/issues/30491
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import applying
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers.trainer")
+
+
+@patch.wrap("Trainer.save_model", "self", "output_dir", "_internal_call")
+def write_the_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Write first: the upstream function writes nothing then, and may push the folder."""
+    applying.save_sharded(instance, args[0] if args else kwargs.get("output_dir"))
+    return wrapped(*args, **kwargs)

@@ -1,0 +1,43 @@
+"""RAM-efficient loading expects a DTensor for every entry; buffers and 8-bit layers cannot be one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import canary, equals_one_process, fault, fsdp2, where
+from matrix import Bench, Setup, trial
+
+
+def test_canary() -> None:
+    canary("accelerate_v1_13_fsdp2_prepare_model")
+
+
+@fsdp2
+@pytest.mark.parametrize("method", ["vera", "pvera", "randlora", "frod"])
+def test_ram_efficient_loading(bench: Bench, method: str) -> None:
+    fault(bench, method, Setup("f2-ram", ram_efficient=True), "has no attribute 'device_mesh'")
+
+
+@fsdp2
+def test_8bit(bench: Bench) -> None:
+    fault(bench, "vera", Setup("f2-8bit", dtype="bfloat16", storage="8bit"), "no attribute 'CB'")
+
+
+def tied(model: Any) -> Any:
+    """Token embeddings tied to the head, and a wrapper of peft's around one of them."""
+    from peft import LoraConfig, get_peft_model
+
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = True
+    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], trainable_token_indices=[1, 2, 3])
+    return get_peft_model(model, config)
+
+
+@fsdp2
+@where("accelerate>=1.14.dev0", "torch>=2.13.dev0")
+def test_tied_embeddings(bench: Bench, tmp_path: Path) -> None:
+    """https://github.com/huggingface/accelerate/pull/4015"""
+    setup = Setup("tied")
+    stock = trial.run(setup, tied, bench.base, tmp_path / "stock", patched=False)
+    assert "Invariant encountered" in stock.error
+    equals_one_process(bench, tied, setup, tmp_path)

@@ -1,0 +1,29 @@
+"""Names of modules_to_save and trainable tokens have FSDP's segments in them, and peft looks for them."""
+
+from pathlib import Path
+from typing import Any
+
+from faults import canary, equals_one_process
+from matrix import Bench, Setup, trial
+
+
+def test_canary() -> None:
+    canary("peft_v0_15_state_dict_names")
+
+
+def norms_to_save(model: Any) -> Any:
+    """Copies of modules that lie inside FSDP's units."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], modules_to_save=["input_layernorm"])
+    return get_peft_model(model, config)
+
+
+def test_modules_inside_units_are_saved(bench: Bench, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(trial, "TIMEOUT", 20.0)
+    setup = Setup("aux", fsdp=1)
+    stock = trial.run(setup, norms_to_save, bench.base, tmp_path / "stock", patched=False)
+    if not stock.error:
+        one = trial.run(setup, norms_to_save, bench.base, tmp_path / "first", ranks=1, patched=False)
+        assert trial.compare(stock, one, setup).error
+    equals_one_process(bench, norms_to_save, setup, tmp_path)

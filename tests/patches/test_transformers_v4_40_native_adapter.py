@@ -1,0 +1,28 @@
+"""The save of an adapter that transformers added asks the model of rank 0 again, and FSDP1 waits for the others."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import canary, equals_one_process
+from matrix import Bench, Setup, trial
+
+
+def test_canary() -> None:
+    canary("transformers_v4_40_native_adapter")
+
+
+def added(model: Any) -> Any:
+    from peft import LoraConfig
+
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+    return model
+
+
+def test_the_save_ends(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup("added", fsdp=1)
+    monkeypatch.setattr(trial, "TIMEOUT", 15.0)
+    stock = trial.launch(trial.train, setup, added, bench.base, f"{tmp_path}/stock", 2, False, ranks=2)
+    assert any(outcome.error for outcome in stock)
+    assert not list(tmp_path.glob("stock/adapter_model*"))
+    equals_one_process(bench, added, setup, tmp_path)

@@ -1,0 +1,44 @@
+"""Where an adapter's tensors are when peft computes with them or loads them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_SHARED = ("vera_A", "vera_B")
+
+
+@contextlib.contextmanager
+def beside(layer: Any, x: Any) -> Iterator[None]:
+    """Show a VeRA layer its slices of the shared projections on the input's device and in lambda's dtype.
+
+    All layers share one pair, which lies where the first layer is; under device_map or DataParallel the
+    input of another layer is elsewhere.
+
+    Args:
+        layer: peft's VeRA layer of a linear base layer.
+        x: its input, [..., in_features].
+    """
+    if layer.merged or layer.disable_adapters:
+        yield
+        return
+    slices: dict[str, dict[str, Any]] = {key: {} for key in _SHARED}
+    for adapter in layer.active_adapters:
+        if adapter in layer.vera_lambda_d:
+            dtype = layer.vera_lambda_d[adapter].dtype
+            parts = layer.vera_A[adapter][:, : layer.in_features], layer.vera_B[adapter][: layer.out_features, :]
+            for key, part in zip(_SHARED, parts, strict=True):
+                slices[key][adapter] = part.to(x.device, dtype)
+    vars(layer).update(slices)
+    try:
+        yield
+    finally:
+        for key in slices:
+            del vars(layer)[key]
+
+
+def shard_for_tp(upstream: Callable[..., Any], model: Any, state_dict: Any, adapter_name: str) -> Any:
+    """Shard loaded tensors where transformers split the base's layers, and leave them alone elsewhere."""
+    parts = (getattr(module, "_hf_tp_plan", None) for module in model.modules())
+    return upstream(model, state_dict, adapter_name) if any(part is not None for part in parts) else None
