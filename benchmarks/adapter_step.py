@@ -106,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=3)
     repeat = parser.parse_args().repeat
+    trial.TIMEOUT = 300.0
     checking.import_targets()
     table = Table(title=f"12 layers, width 512, 2 gloo ranks, medians of {repeat} runs", title_justify="left")
     for column in ("case", "collectives/step", "MiB/step", "ms/step", "collectives/save"):
@@ -117,7 +118,7 @@ def main() -> None:
                 for side, kept in values.items():
                     with tempfile.TemporaryDirectory() as folder:
                         case = (configure, fsdp, side == "patched", str(Path(folder)))
-                        outcome = trial.launch(measure, *case, ranks=2, timeout=300)[0]
+                        outcome = trial.launch(measure, *case, ranks=2)[0]
                     if outcome.error:
                         raise SystemExit(f"{configure.__name__} FSDP{fsdp} {side}: {outcome.error}")
                     for name, numbers in outcome.extra.items():

@@ -1,0 +1,137 @@
+"""The ranges of the patches against every release's wheel, and what `seams` says of the installed ones."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from packaging.version import Version
+
+from trainer_fsdp_patch import registry, seams, versions
+
+DATA = json.loads((Path(__file__).parent / "data" / "seams.json").read_text())
+# The wheels of torch are too big to be read for a few private functions; the sessions of other torches run those.
+PATCHES = {
+    name: patch
+    for name, patch in registry.discover().items()
+    if versions.package_of(patch.versions) in versions.OLDEST_SUPPORTED
+}
+
+
+def found(patch: registry.Patch) -> Iterator[tuple[Version, list[dict[str, Any] | None]]]:
+    """Every release of a patch's package, with what its wheel has at each seam."""
+    for release in DATA["releases"][versions.package_of(patch.versions)]:
+        here = []
+        looked = [(patch.target, seam.path) for seam in patch.seams] + ([patch.witness] if patch.witness else [])
+        for target, path in looked:
+            turns = DATA["seams"][f"{target}.{path}"]
+            last = [turn for turn in turns if Version(turn) <= Version(release)][-1]
+            here.append(turns[last])
+        yield Version(release), here
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_the_seams_are_as_declared_in_every_release_of_the_range(name: str) -> None:
+    patch = PATCHES[name]
+    inside = [(version, here) for version, here in found(patch) if versions.matches(patch.versions, version)]
+    assert inside
+    for version, here in inside:
+        for seam, entry in zip(patch.seams, here, strict=False):
+            assert entry is not None, (version, seam.path)
+            assert tuple(entry["parameters"]) == seam.parameters, (version, seam.path)
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_outside_the_range_a_seam_differs_or_is_older_than_what_is_supported(name: str) -> None:
+    patch = PATCHES[name]
+    oldest = Version(versions.OLDEST_SUPPORTED[versions.package_of(patch.versions)])
+    inside = [here for version, here in found(patch) if versions.matches(patch.versions, version)]
+    for version, here in found(patch):
+        if version >= oldest and not versions.matches(patch.versions, version):
+            assert here not in inside, version
+
+
+def test_the_data_reaches_from_the_oldest_supported_to_the_newest_tested_release() -> None:
+    for package, every in DATA["releases"].items():
+        assert versions.OLDEST_SUPPORTED[package] in every[1:]
+        assert versions.NEWEST_TESTED[package] in every
+
+
+def pinned_stacks() -> list[tuple[str, str, str]]:
+    """Stacks of noxfile.py, which imports more than the tests have to."""
+    for node in ast.parse((ROOT / "noxfile.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "STACKS":
+            return ast.literal_eval(node.value)
+    raise AssertionError("noxfile.py has no STACKS")
+
+
+def test_the_pins_are_the_newest_tested_releases() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    pinned = dict(line.split(" == ") for line in config["options.extras_require"]["test"].split("\n") if " == " in line)
+    assert {name: pinned[name] for name in versions.NEWEST_TESTED} == versions.NEWEST_TESTED
+    stacks = pinned_stacks()
+    packages = ("transformers", "accelerate", "peft")
+    assert stacks[0] == tuple(versions.OLDEST_SUPPORTED[name] for name in packages)
+    assert stacks[-1] == tuple(versions.NEWEST_TESTED[name] for name in packages)
+
+
+def test_the_wheels_have_what_is_installed() -> None:
+    for target, path, _ in seams.known():
+        if target.split(".")[0] not in versions.OLDEST_SUPPORTED:
+            continue
+        version = versions.installed(target.split(".")[0])
+        turns = DATA["seams"][f"{target}.{path}"]
+        last = [turn for turn in turns if Version(turn) <= Version(version.base_version)][-1]
+        assert seams.look(target, path) == turns[last], (target, path)
+
+
+def test_the_record_is_of_the_newest_tested_releases() -> None:
+    record = json.loads(seams.RECORD.read_text())
+    assert record["installed"] == {name: versions.NEWEST_TESTED[name] for name in record["installed"]}
+    for seam, entry in record["seams"].items():
+        assert entry == list(DATA["seams"][seam].values())[-1]
+
+
+def test_what_moved_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    record = json.loads(seams.RECORD.read_text())
+    for target, path, _ in seams.known():
+        entry = seams.look(target, path)
+        record["seams"].pop(f"{target}.{path}", None)
+        if entry is not None:
+            record["seams"][f"{target}.{path}"] = entry
+    record["seams"]["transformers.trainer.Trainer._wrap_model"]["parameters"].append("mesh")
+    record["seams"]["accelerate.accelerator.Accelerator.backward"]["digest"] = "0"
+    record["seams"]["transformers.trainer.update_fsdp_plugin"] = {"parameters": [], "digest": "0"}
+    del record["seams"]["peft.peft_model.get_peft_model_state_dict"]
+    monkeypatch.setattr(seams, "RECORD", tmp_path / "seams.json")
+    monkeypatch.setattr(seams, "WATCHED", (*seams.WATCHED, ("transformers.trainer", "update_fsdp_plugin")))
+    seams.RECORD.write_text(json.dumps(record))
+    moved = {move.seam.rpartition(".")[2]: move for move in seams.moves() if move.state != "same"}
+    assert {name: move.state for name, move in moved.items()} == {
+        "_wrap_model": "signature",
+        "backward": "body",
+        "get_peft_model_state_dict": "new",
+        "update_fsdp_plugin": "gone",
+    }
+    assert moved["_wrap_model"].detail.endswith("dataloader, mesh) -> (self, model, training, dataloader)")
+    assert moved["_wrap_model"].patches == ("transformers_v4_40_wrap_model",)
+    assert seams.report() == 1
+    assert "4 of" in capsys.readouterr().out
+
+
+def test_recording_and_comparing(python: Callable[..., str], tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from trainer_fsdp_patch import cli, seams
+seams.RECORD = Path({str(tmp_path / "seams.json")!r})
+assert cli.main(["seams", "--record"]) == 0
+assert cli.main(["seams"]) == 0
+"""
+    assert python(code).splitlines()[-1].startswith("0 of ")
