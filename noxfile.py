@@ -80,7 +80,8 @@ def stack(session: nox.Session, stack: tuple[str, str, str]) -> None:
 def table(session: nox.Session) -> None:
     """Print what the stacks gave."""
     session.install("rich")
-    found = [str(RESULTS / f"{name}.json") for name in NAMES if (RESULTS / f"{name}.json").exists()]
+    results = [RESULTS / f"{name}.json" for name in (*NAMES, *(f"torch-{torch}" for torch, _ in OTHER_TORCHES))]
+    found = [str(result) for result in results if result.exists()]
     session.run("python", "tests/stacks.py", *session.posargs, "--table", *found)
 
 

@@ -13,13 +13,19 @@ from matrix import METHODS, Bench, Setup, has, reference_of
 import trainer_fsdp_patch
 from trainer_fsdp_patch import registry, stack, trial, versions, wrapping
 
+PROJECTED = ("vera", "pvera", "randlora", "frod")
 FLAVOURS = [1, 2] if stack.has_fsdp2() else [1]
 """Versions of FSDP that this stack trains on the devices that are here."""
 
 fsdp2 = pytest.mark.skipif(2 not in FLAVOURS, reason="no FSDP2 with these releases and devices")
 
-
 packed = pytest.mark.skipif(not stack.has_bitsandbytes(), reason="no bitsandbytes with these releases and devices")
+
+NO_SHARDS = [
+    *((method, Setup("f2-ram", ram_efficient=True), "has no attribute 'device_mesh'") for method in PROJECTED),
+    ("vera", Setup("f2-8bit", dtype="bfloat16", storage="8bit"), "no attribute 'CB'"),
+]
+"""Runs in which accelerate's fsdp2_prepare_model takes buffers or 8-bit layers for shards, and how they end."""
 
 
 def where(*requirements: str) -> pytest.MarkDecorator:
@@ -87,3 +93,24 @@ def equals_one_process(bench: Bench, configure: Callable[[Any], Any], setup: Set
     assert not one.error, one.extra
     verdict = trial.compare(trial.run(setup, configure, bench.base, folder / "ranks"), one, setup)
     assert verdict.right, verdict.error
+
+
+def units(classes: list[str] | None, patched: bool, setup: Setup, base: str, folder: str, rank: int) -> trial.Outcome:
+    """Classes of FSDP1's units after a run with LoRA, in a rank; `classes` is the user's own list."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from transformers import Trainer
+
+    given = trial.enter(setup, folder, 2, patched=patched)
+    if classes:
+        given.fsdp_plugin_args["transformer_cls_names_to_wrap"] = classes
+    trainer = Trainer(model=METHODS["lora"](trial.load_base(base, setup)), args=given, train_dataset=trial.dataset(12))
+    trainer.train()
+    found = [type(module.module).__name__ for module in FullyShardedDataParallel.fsdp_modules(trainer.model_wrapped)]
+    return trial.Outcome(extra={"units": sorted(found)})
+
+
+def units_of(bench: Bench, folder: Path, classes: list[str] | None = None, *, patched: bool) -> list[str]:
+    """The same from two ranks."""
+    outcomes = trial.launch(units, classes, patched, Setup("u", fsdp=1), bench.base, str(folder), ranks=2)
+    assert not outcomes[0].error, outcomes[0].extra
+    return outcomes[0].extra["units"]

@@ -92,6 +92,8 @@ METHODS = {
     "dora": _adapter("LoraConfig", r=4, use_dora=True),
 }
 
+with_a_head = _adapter("LoraConfig", r=4, modules_to_save=["lm_head"])
+
 _KINDS = [
     Setup("fp32"),
     Setup("bf16", dtype="bfloat16"),

@@ -22,7 +22,7 @@ PACKAGES = ("transformers", "accelerate", "peft", "torch", "bitsandbytes")
 def scenarios() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     """Adapter, how it is made, and set-up, of those that the installed releases have at all."""
     import peft
-    from matrix import METHODS, Setup, has
+    from matrix import METHODS, Setup, has, with_a_head
 
     from trainer_fsdp_patch import stack
 
@@ -30,12 +30,8 @@ def scenarios() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
         targets = ["k_proj", "v_proj", "down_proj"]
         return peft.get_peft_model(model, peft.IA3Config(target_modules=targets, feedforward_modules=["down_proj"]))
 
-    def modules_to_save(model: Any) -> Any:
-        config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], modules_to_save=["lm_head"])
-        return peft.get_peft_model(model, config)
-
     adapters = {"VeRA": METHODS["vera"], "LoRA": METHODS["lora"], "RandLora": METHODS["randlora"]}
-    adapters |= {"IA3": ia3, "modules_to_save": modules_to_save}
+    adapters |= {"IA3": ia3, "modules_to_save": with_a_head}
     for fsdp in (1, 2) if stack.has_fsdp2() else (1,):
         for setup in (Setup(f"FSDP{fsdp}", fsdp=fsdp), Setup(f"FSDP{fsdp} amp", fsdp=fsdp, amp="bf16")):
             for adapter, configure in adapters.items():

@@ -12,7 +12,7 @@ from typing import Any
 from trainer_fsdp_patch import checkpoint, inventory, sync
 from trainer_fsdp_patch import plugin as plugins
 from trainer_fsdp_patch.errors import AdapterError, PlanError, message
-from trainer_fsdp_patch.prepared import Prepared, keep, prepared_for
+from trainer_fsdp_patch.prepared import Prepared, keep, prepared_by, prepared_for
 
 logger = logging.getLogger("trainer_fsdp_patch")
 
@@ -42,7 +42,7 @@ def prepare(trainer: Any, model: Any) -> Prepared | None:
         return prepared
     refuse_wrapped(model)
     plugin = accelerator.state.fsdp_plugin
-    plugins.warn_of_losses(plugin, trainer.args.fsdp_config or {})
+    plugins.warn_of_flag(plugin, trainer.args.fsdp_config or {})
     explicit = plugins.explicit_policy(accelerator, plugin)
     plan = plugins.plan_for(model, accelerator, plugin, explicit)
     prepared = Prepared(model, plan, data_parallel_groups(accelerator))
@@ -216,7 +216,7 @@ def save_sharded(trainer: Any, folder: str | None) -> None:
 
     https://github.com/huggingface/transformers/issues/30491
     """
-    if not getattr(trainer, "is_fsdp_enabled", False) or prepared_for(trainer.model) is None:
+    if prepared_by(trainer) is None:
         return
     if "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
         found = trainer.accelerator.get_state_dict(trainer.model)

@@ -12,6 +12,7 @@ from trainer_fsdp_patch import inventory, sync
 from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.inventory import canonical
 from trainer_fsdp_patch.prepared import Prepared, prepared_for
+from trainer_fsdp_patch.shadowing import shadowed
 
 
 class CanonicalNames(wrapt.ObjectProxy):  # type: ignore[misc]
@@ -49,11 +50,8 @@ def gathered(model: Any, found: dict[str, Any] | None) -> Iterator[None]:
     if found is None or prepared_for(model) is None:
         yield
         return
-    vars(model)["state_dict"] = lambda *args, **kwargs: dict(found)
-    try:
+    with shadowed(model, state_dict=lambda *args, **kwargs: dict(found)):
         yield
-    finally:
-        del vars(model)["state_dict"]
 
 
 def state_dict(upstream: Callable[..., Any], accelerator: Any, model: Any, unwrap: bool = True) -> Any:

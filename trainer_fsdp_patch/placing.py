@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from trainer_fsdp_patch.shadowing import shadowed
+
 _SHARED = ("vera_A", "vera_B")
 
 
@@ -30,12 +32,8 @@ def beside(layer: Any, x: Any) -> Iterator[None]:
             parts = layer.vera_A[adapter][:, : layer.in_features], layer.vera_B[adapter][: layer.out_features, :]
             for key, part in zip(_SHARED, parts, strict=True):
                 slices[key][adapter] = part.to(x.device, dtype)
-    vars(layer).update(slices)
-    try:
+    with shadowed(layer, **slices):
         yield
-    finally:
-        for key in slices:
-            del vars(layer)[key]
 
 
 def shard_for_tp(upstream: Callable[..., Any], model: Any, state_dict: Any, adapter_name: str) -> Any:

@@ -39,29 +39,23 @@ def record(plugin: Any, asked: dict[str, Any]) -> None:
         planning.expression(plugin.ignored_modules)
     elif plugin.ignored_modules is not None:
         plugin.ignored_modules = planning.modules_only(plugin.ignored_modules)
-    if version_of(plugin) == 2 and asked.get("use_orig_params") is False:
-        warn_orig_params()
+    warn_of_flag(plugin, asked)
 
 
-def warn_of_losses(plugin: Any, config: dict[str, Any]) -> None:
-    """Warn where a setting will not do what it says: the run itself stays right.
+def warn_of_flag(plugin: Any, asked: dict[str, Any]) -> None:
+    """Warn where `use_orig_params` is false for FSDP2, which has no such flag; the run itself stays right.
 
     Args:
         plugin: accelerate's FullyShardedDataParallelPlugin.
-        config: `fsdp_config` of the TrainingArguments.
+        asked: arguments of its init, or `fsdp_config` of the TrainingArguments.
     """
-    if version_of(plugin) == 2 and str(config.get("use_orig_params")).lower() == "false":
-        warn_orig_params()
-
-
-def warn_orig_params() -> None:
-    """Say once for each call that FSDP2 has no such flag."""
-    warn(
-        "use_orig_params",
-        "False is asked for with FSDP2, which always keeps the original parameters",
-        "It has no effect, and the run is right without it",
-        "Leave it out, or set fsdp_version to 1",
-    )
+    if version_of(plugin) == 2 and str(asked.get("use_orig_params")).lower() == "false":
+        warn(
+            "use_orig_params",
+            "False is asked for with FSDP2, which always keeps the original parameters",
+            "It has no effect, and the run is right without it",
+            "Leave it out, or set fsdp_version to 1",
+        )
 
 
 def explicit_policy(accelerator: Any, plugin: Any) -> Any:

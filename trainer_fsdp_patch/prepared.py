@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import inventory, sync
 from trainer_fsdp_patch.errors import AdapterError, PlanError, message
+from trainer_fsdp_patch.shadowing import shadowed
 
 if TYPE_CHECKING:
     from trainer_fsdp_patch.planning import Plan
@@ -108,6 +109,11 @@ def prepared_for(model: Any) -> Prepared | None:
     return _PREPARED.get(inventory.bare(model))
 
 
+def prepared_by(trainer: Any) -> Prepared | None:
+    """Record of a Trainer's model, if it runs under FSDP and a plan was applied."""
+    return prepared_for(trainer.model) if getattr(trainer, "is_fsdp_enabled", False) else None
+
+
 def keep(model: Any, prepared: Prepared) -> None:
     """Remember the record for as long as the model lives."""
     _PREPARED[model] = prepared
@@ -118,7 +124,8 @@ def in_order(parameters: Iterable[Any]) -> list[Any]:
 
     A sum in another order ends in other last bits; ranks that clip by them drift apart.
     """
-    places = {id(tensor): place for plan in _PREPARED.values() for place, tensor in enumerate(plan.tensors)}
+    replicated = [tensor for prepared in _PREPARED.values() for tensor in prepared.tensors]
+    places = {id(tensor): place for place, tensor in enumerate(replicated)}
     return sorted(parameters, key=lambda parameter: places.get(id(parameter), len(places)))
 
 
@@ -151,13 +158,10 @@ def set_aside(model: Any) -> Iterator[None]:
             slots = module._parameters if kind == "parameter" else module._buffers
             hidden.append((slots, key, tensor))
             slots[key] = None
-    shadows = _one_unit_for_tied_embeddings(model)
-    vars(model).update(shadows)
     try:
-        yield
+        with shadowed(model, **_one_unit_for_tied_embeddings(model)):
+            yield
     finally:
-        for name in shadows:
-            del vars(model)[name]
         for slots, key, tensor in hidden:
             slots[key] = tensor
 
@@ -192,11 +196,8 @@ def keep_dtype(model: Any) -> Iterator[None]:
     def to(target: Any) -> Any:
         return model if isinstance(target, torch.dtype) else upstream(target)
 
-    vars(model)["to"] = to
-    try:
+    with shadowed(model, to=to):
         yield
-    finally:
-        del vars(model)["to"]
 
 
 @contextlib.contextmanager
@@ -229,8 +230,5 @@ def known_arguments(model: Any) -> Iterator[None]:
             raise PlanError(text, setting="ignored_modules")
         return upstream(*args, **kwargs)
 
-    vars(fsdp)["fully_shard"] = fully_shard
-    try:
+    with shadowed(fsdp, fully_shard=fully_shard):
         yield
-    finally:
-        vars(fsdp)["fully_shard"] = upstream

@@ -89,7 +89,7 @@ class Patch:
         self.effect = documentation.split("\n", 1)[0]
         self.upstream = documentation.partition("Upstream: ")[2].split("\n", 1)[0].strip()
         self.seams: list[wrapping.Seam] = []
-        self.state, self.reason, self.error = UNUSED, "", None
+        self.state, self.reason = UNUSED, ""
         self.wanted = self.hooked = self.strict = False
         self.late = ""
 

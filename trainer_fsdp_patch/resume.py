@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import checkpoint, inventory, sync
 from trainer_fsdp_patch.errors import AdapterError, message
-from trainer_fsdp_patch.prepared import Prepared, prepared_for
+from trainer_fsdp_patch.prepared import Prepared, prepared_by, prepared_for
 
 _NAMED = "_trainer_fsdp_patch_named_state"
 
@@ -151,7 +151,7 @@ def loading(trainer: Any) -> Iterator[None]:
     """
     import torch.distributed as dist
 
-    prepared = prepared_for(trainer.model) if getattr(trainer, "is_fsdp_enabled", False) else None
+    prepared = prepared_by(trainer)
     if prepared is None:
         yield
         return
@@ -178,7 +178,7 @@ def initialized_optimizer(trainer: Any, folder: str | None) -> Iterator[None]:
         trainer: whose optimizer is about to be loaded.
         folder: of the checkpoint, or None where the run starts anew.
     """
-    if folder is None or not getattr(trainer, "is_fsdp_enabled", False) or prepared_for(trainer.model) is None:
+    if folder is None or prepared_by(trainer) is None:
         yield
         return
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)

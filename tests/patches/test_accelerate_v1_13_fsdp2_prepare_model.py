@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import canary, equals_one_process, fault, fsdp2, where
+from faults import NO_SHARDS, canary, equals_one_process, fault, fsdp2, where
 from matrix import Bench, Setup, trial
 
 
@@ -13,14 +13,9 @@ def test_canary() -> None:
 
 
 @fsdp2
-@pytest.mark.parametrize("method", ["vera", "pvera", "randlora", "frod"])
-def test_ram_efficient_loading(bench: Bench, method: str) -> None:
-    fault(bench, method, Setup("f2-ram", ram_efficient=True), "has no attribute 'device_mesh'")
-
-
-@fsdp2
-def test_8bit(bench: Bench) -> None:
-    fault(bench, "vera", Setup("f2-8bit", dtype="bfloat16", storage="8bit"), "no attribute 'CB'")
+@pytest.mark.parametrize(("method", "setup", "expected"), NO_SHARDS)
+def test_no_shards(bench: Bench, method: str, setup: Setup, expected: str) -> None:
+    fault(bench, method, setup, expected)
 
 
 def tied(model: Any) -> Any:

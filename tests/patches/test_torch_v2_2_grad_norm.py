@@ -1,11 +1,10 @@
 """The norm that gradients are clipped by differs in its last bit from rank to rank, and the adapters drift apart."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from faults import canary
-from matrix import Bench, Setup, trial
+from matrix import Bench, Setup, trial, with_a_head
 
 from trainer_fsdp_patch.trial import Outcome
 
@@ -43,13 +42,6 @@ def test_the_norm_does_not_depend_on_addresses(tmp_path: Path) -> None:
     assert len(stock.norms) > 1
     [patched] = trial.launch(norms, True, str(tmp_path), ranks=1)
     assert len(patched.norms) == 1
-
-
-def with_a_head(model: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], modules_to_save=["lm_head"])
-    return get_peft_model(model, config)
 
 
 def test_ranks_end_alike(bench: Bench, tmp_path: Path) -> None:
