@@ -15,16 +15,15 @@ patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers
 
 @patch.wrap("Trainer._load_from_checkpoint", "self", "resume_from_checkpoint", "model")
 def load_on_every_rank(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Load as always; accelerate reads some checkpoints on rank 0 only."""
-    with resume.loading(instance):
-        return wrapped(*args, **kwargs)
+    """Load as always; accelerate reads some checkpoints on rank 0 only, and transformers no adapter file."""
+    folder = args[0] if args else kwargs["resume_from_checkpoint"]
+    return resume.load(lambda: wrapped(*args, **kwargs), instance, folder)
 
 
 @patch.wrap("Trainer._load_best_model", "self")
 def load_best_on_every_rank(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The same at the end of a run."""
-    with resume.loading(instance):
-        return wrapped(*args, **kwargs)
+    return resume.load(lambda: wrapped(*args, **kwargs), instance, instance.state.best_model_checkpoint)
 
 
 @patch.wrap("Trainer._load_optimizer_and_scheduler", "self", "checkpoint")

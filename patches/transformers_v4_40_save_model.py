@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import applying
+from trainer_fsdp_patch import applying, writing
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers.trainer")
@@ -15,6 +15,7 @@ patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers
 
 @patch.wrap("Trainer.save_model", "self", "output_dir", "_internal_call")
 def write_the_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Write first: the upstream function writes nothing then, and may push the folder."""
-    applying.save_sharded(instance, args[0] if args else kwargs.get("output_dir"))
-    return wrapped(*args, **kwargs)
+    """Write first: the upstream function writes nothing then, and may push the folder. All ranks fail together."""
+    with writing.together(instance), applying.natively_gathered(instance):
+        applying.save_sharded(instance, args[0] if args else kwargs.get("output_dir"))
+        return wrapped(*args, **kwargs)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 from matrix import METHODS, Bench, Setup, has, reference_of
 
@@ -80,11 +81,28 @@ def with_trainable_norms(model: Any) -> Any:
     return model
 
 
+def added(model: Any) -> Any:
+    """An adapter that transformers keeps itself, without a PeftModel."""
+    from peft import LoraConfig
+
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+    return model
+
+
 def resumes(bench: Bench, configure: Callable[[Any], Any], setup: Setup, expected: str) -> None:
     """A stock run that is interrupted and resumed fails with `expected`, and a patched one ends as one process does."""
     name = getattr(configure, "__name__", "") + str(id(configure))
     assert expected in (bench.resumed(configure, setup, name, patched=False) or "right")
     assert bench.resumed(configure, setup, name, patched=True) == ""
+
+
+def scene_fault(bench: Bench, scenario: Callable[..., str], setup: Setup, expected: str) -> None:
+    """A scenario of tests/checkpoints.py: stock loses something, in these words, and the patched run nothing."""
+    scene = checkpoints.Scene(bench)
+    stock = checkpoints.cell(scenario, scene, setup, patched=False)
+    assert stock
+    assert expected in stock
+    assert checkpoints.cell(scenario, scene, setup, patched=True) == ""
 
 
 def equals_one_process(bench: Bench, configure: Callable[[Any], Any], setup: Setup, folder: Path) -> None:

@@ -213,6 +213,7 @@ def test_unreadable_metadata_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_real_patches_that_concern_what_is_installed_are_applied() -> None:
     import peft  # noqa: F401
+    import torch.distributed.checkpoint.state_dict  # noqa: F401
     import transformers.trainer  # noqa: F401
 
     states = trainer_fsdp_patch.patch(strict=True)

@@ -44,7 +44,8 @@ def test_the_seams_are_as_declared_in_every_release_of_the_range(name: str) -> N
     for version, here in inside:
         for seam, entry in zip(patch.seams, here, strict=False):
             assert entry is not None, (version, seam.path)
-            assert tuple(entry["parameters"]) == seam.parameters, (version, seam.path)
+            if "imported" not in entry:
+                assert tuple(entry["parameters"]) == seam.parameters, (version, seam.path)
 
 
 @pytest.mark.parametrize("name", PATCHES)
@@ -95,7 +96,9 @@ def test_the_wheels_have_what_is_installed() -> None:
 def test_the_record_is_of_the_newest_tested_releases() -> None:
     record = json.loads(seams.RECORD.read_text())
     assert record["installed"] == {name: versions.NEWEST_TESTED[name] for name in record["installed"]}
-    for seam, entry in record["seams"].items():
+    looked = {seam: entry for seam, entry in record["seams"].items() if seam.split(".")[0] in versions.OLDEST_SUPPORTED}
+    assert looked.keys() == {seam for seam, turns in DATA["seams"].items() if list(turns.values())[-1] is not None}
+    for seam, entry in looked.items():
         assert entry == list(DATA["seams"][seam].values())[-1]
 
 

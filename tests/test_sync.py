@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import matrix  # noqa: F401
@@ -103,3 +105,19 @@ def test_fingerprints_tell_apart_signs_of_zero_and_places() -> None:
     assert len(prints) == 3
     for dtype in (torch.bool, torch.uint8, torch.float16, torch.float64, torch.int64):
         assert sync.fingerprint(torch.zeros(0, dtype=dtype)).tolist() == [0, 0]
+
+
+def test_a_rank_that_has_ended_is_said_to_have() -> None:
+    def child(rank: int) -> Outcome:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.ones(2)
+        sync.average_gradients([parameter], [None])
+        return Outcome()
+
+    first, _ = trial.launch(child, ranks=2)
+    assert first.error.startswith("RankError: average of the adapter's gradients: another rank has ended")
+    assert "resume from the last checkpoint" in first.error

@@ -70,8 +70,18 @@ class Source:
         """What `seams.look` gives where the release is installed."""
         function = self.find(target, path)
         if function is None:
-            return None
+            return self.imported(target, path)
         return {"parameters": parameters(function), "digest": seams.digest(self.text(function))}
+
+    def imported(self, module: str, name: str) -> dict[str, object] | None:
+        """Name of what a module imports from another package."""
+        tree = self.tree(module)
+        for node in ast.walk(tree) if tree is not None else ():
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                for item in node.names:
+                    if (item.asname or item.name) == name:
+                        return {"imported": f"{node.module}.{item.name}"}
+        return None
 
     def find(self, module: str, path: str) -> ast.FunctionDef | None:
         """Definition of a dotted path, through the imports of other modules of the same wheel."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
-from trainer_fsdp_patch import checkpoint, inventory, sync
+from trainer_fsdp_patch import checkpoint, inventory, planning, sync
 from trainer_fsdp_patch import plugin as plugins
 from trainer_fsdp_patch.errors import AdapterError, PlanError, message
 from trainer_fsdp_patch.prepared import Prepared, keep, prepared_by, prepared_for
@@ -28,28 +29,46 @@ def prepare(trainer: Any, model: Any) -> Prepared | None:
         model: the model that accelerate is about to prepare.
 
     Returns:
-        The prepared model's record, or None where there is nothing for us to do: no FSDP, no adapter.
+        The prepared model's record, or None where there is nothing for us to do: no FSDP, no adapter, or
+        tensor parallelism beside a base that transformers sharded itself.
 
     Raises:
         PlanError: the model is wrapped already, or a setting contradicts the plan.
         AdapterError: the ranks do not hold the same adapter.
     """
-    if not getattr(trainer, "is_fsdp_enabled", False):
+    native = not getattr(trainer, "is_fsdp_enabled", False) and inventory.is_native(model)
+    if not native and not getattr(trainer, "is_fsdp_enabled", False):
         return None
     accelerator = trainer.accelerator
     prepared = prepared_for(model)
+    if prepared is not None and model is not prepared.model() and model not in accelerator._models:
+        # train() forgets what an evaluation has prepared, and gradients are averaged for what is known.
+        accelerator._models.append(model)
     if prepared is not None or not inventory.has_adapter(model):
         return prepared
+    if native:
+        plan = planning.make_plan(model, fsdp_version=2, mixed_precision=accelerator.mixed_precision)
+        return settle(accelerator, Prepared(model, plan, [None], native=True))
     refuse_wrapped(model)
     plugin = accelerator.state.fsdp_plugin
     plugins.warn_of_flag(plugin, trainer.args.fsdp_config or {})
     explicit = plugins.explicit_policy(accelerator, plugin)
     plan = plugins.plan_for(model, accelerator, plugin, explicit)
-    prepared = Prepared(model, plan, data_parallel_groups(accelerator))
+    prepared = settle(accelerator, Prepared(model, plan, data_parallel_groups(accelerator)))
+    plugins.set_flags(prepared, plugin, explicit)
+    return prepared
+
+
+def settle(accelerator: Any, prepared: Prepared) -> Prepared:
+    """Have all ranks hold the same adapter, and keep the record.
+
+    Raises:
+        AdapterError: the ranks do not hold the same adapter.
+    """
+    model, plan = prepared.model(), prepared.plan
     agree(prepared)
     checkpoint.expect(model, prepared)
     place(prepared, accelerator.device)
-    plugins.set_flags(prepared, plugin, explicit)
     prepared.watch()
     keep(model, prepared)
     if accelerator.is_main_process:
@@ -65,14 +84,12 @@ def refuse_wrapped(model: Any) -> None:
     Raises:
         PlanError: its adapter is already inside FSDP's units.
     """
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    sharded = any(isinstance(parameter, inventory.dtensor()) for parameter in model.parameters())
-    if sharded or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    version = inventory.fsdp_version(model)
+    if version:
         raise PlanError(
             message(
                 type(model).__name__,
-                f"already wrapped by FSDP{2 if sharded else 1} when the Trainer prepares it",
+                f"already wrapped by FSDP{version} when the Trainer prepares it",
                 "Its adapter is inside the units and cannot be taken out",
                 "Give the Trainer the bare model and call trainer_fsdp_patch.patch() before training starts",
             ),
@@ -109,16 +126,13 @@ def agree(prepared: Prepared) -> None:
     Raises:
         AdapterError: on all ranks, naming the first tensor or setting that differs.
     """
-    import torch.distributed as dist
-
     items: list[tuple[str, Any]] = []
     for adapter, config in getattr(prepared.model(), "peft_config", {}).items():
         values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
         items += [(f"peft_config[{adapter!r}].{key}", _plain(values[key])) for key in sorted({*values} - _LOCAL)]
     tensors = [item.tensor for item in prepared.plan.set_aside]
     items += [(tensor.name, (tensor.shape, tensor.dtype, tensor.role)) for tensor in tensors]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, items)
+    everyone = sync.everyone(items, "comparison of the adapter's make-up")
     first = dict(everyone[0])
     for rank, others in enumerate(everyone):
         other = dict(others)
@@ -205,18 +219,91 @@ def keep_rng_state(model: Any) -> None:
             vars(module)["checkpoint_fn"] = functools.partial(function.func, *function.args, **keywords)
 
 
+def prepare_to_evaluate(trainer: Any) -> None:
+    """Wrap a model that is evaluated before it is trained as `train()` would, with its optimizer under FSDP2.
+
+    https://github.com/huggingface/transformers/issues/39961
+
+    Args:
+        trainer: about to evaluate; nothing happens where its model is wrapped already or is not ours.
+    """
+    accelerator = trainer.accelerator
+    if accelerator._models or getattr(trainer.args, "torch_compile", False) or prepare(trainer, trainer.model) is None:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugins.version_of(plugin) == 2:
+        trainer.create_optimizer()
+        trainer.model, trainer.optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
+    else:
+        trainer.model = accelerator.prepare(trainer.model)
+    trainer.model_wrapped = trainer.model
+
+
+@contextlib.contextmanager
+def evaluating(trainer: Any) -> Iterator[None]:
+    """Around an evaluation before `train()`, in releases that would take FSDP1's wrapper off and put on another.
+
+    Between the two the Trainer has the bare model, by which `train()` sees that it is wrapped already.
+
+    Args:
+        trainer: about to evaluate.
+    """
+    prepare_to_evaluate(trainer)
+    if trainer.optimizer is not None or inventory.fsdp_version(trainer.model_wrapped) != 1:
+        yield
+        return
+    trainer.model = trainer.model_wrapped
+    try:
+        yield
+    finally:
+        trainer.model = inventory.bare(trainer.model_wrapped)
+
+
 def update_plugin(upstream: Callable[[], None], model: Any) -> None:
     """Leave the plugin as the plan set it; models that are not ours go to the upstream function."""
     if prepared_for(model) is None:
         upstream()
 
 
+@contextlib.contextmanager
+def natively_gathered(trainer: Any) -> Iterator[None]:
+    """Around a save of a base that transformers sharded itself: the model answers with what all ranks have proven.
+
+    Args:
+        trainer: any; nothing happens where transformers did not shard.
+    """
+    prepared = prepared_by(trainer)
+    if prepared is None or not prepared.native:
+        yield
+        return
+    with checkpoint.gathered(prepared.model(), trainer.accelerator.get_state_dict(trainer.model)):
+        yield
+
+
+def prepare_natively(upstream: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Keep DDP away from a base that transformers sharded itself, as its own releases from 5.19 on do.
+
+    Args:
+        upstream: accelerate's `prepare_model`, bound.
+        model: any.
+        *args: for upstream.
+        **kwargs: for upstream.
+    """
+    prepared = prepared_for(model)
+    if prepared is None or not prepared.native:
+        return upstream(model, *args, **kwargs)
+    return upstream(model, device_placement=False, evaluation_mode=True)
+
+
 def save_sharded(trainer: Any, folder: str | None) -> None:
-    """Write the adapter file of a planned model where the Trainer writes none, under SHARDED_STATE_DICT.
+    """Write the adapter file where the Trainer writes none, under SHARDED_STATE_DICT; also before `train()`.
 
     https://github.com/huggingface/transformers/issues/30491
     """
-    if prepared_by(trainer) is None:
+    if not getattr(trainer, "is_fsdp_enabled", False):
+        return
+    bare = inventory.has_adapter(trainer.model) and not inventory.fsdp_version(trainer.model)
+    if prepared_by(trainer) is None and not bare:
         return
     if "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
         found = trainer.accelerator.get_state_dict(trainer.model)

@@ -73,11 +73,16 @@ def state_dict(upstream: Callable[..., Any], accelerator: Any, model: Any, unwra
         AdapterError: on all ranks, where ranks differ, a value is not finite or something would be missing.
     """
     prepared = prepared_for(model)
+    if prepared is None and inventory.has_adapter(model) and not inventory.fsdp_version(model):
+        # Before train() there is nothing to gather, and FSDP1 fails for want of a unit.
+        return model.state_dict()
     if prepared is None:
         return upstream(model, unwrap=unwrap)
     adapter = prepared.of_adapter()
     sync.compare(list(adapter), list(adapter.values()), "before saving")
     refuse_dead(adapter)
+    if prepared.liveness is not None:
+        prepared.liveness.refuse_unmoved()
     found = on_cpu(persistent(model, adapter))
     prove(inventory.bare(model), found, prepared)
     found.update(_embeddings(accelerator, model))
@@ -113,8 +118,13 @@ def refuse_dead(adapter: dict[str, Any]) -> None:
         raise AdapterError(
             message("adapter", "it has no tensor", "Nothing was written", "Check that the adapter is still attached")
         )
-    for name, tensor in adapter.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    floats = {name: tensor.detach() for name, tensor in adapter.items() if tensor.is_floating_point()}
+    # A sum is finite only if all values are, unless it overflows: then the values are looked at.
+    sums = [tensor.sum(dtype=torch.float32) for tensor in floats.values()]
+    if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
+        return
+    for name, tensor in floats.items():
+        if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(
                 message(
                     name,

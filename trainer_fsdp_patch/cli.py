@@ -1,4 +1,4 @@
-"""Command line: `check` trains two ranks, `status` lists the patches, `seams` compares with what was tested."""
+"""Command line: `check` trains two ranks, `status` lists the patches, `verify` and `repair` are for saved adapters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import versions
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments behind the program's name; None takes those of the process.
 
     Returns:
-        The exit code: of `check`, 0 only if every patched cell is right.
+        The exit code: of `check`, 0 only if every patched cell is right; of `verify` and `repair`, 0 only if
+        nothing is wrong, with the file or with its copy.
     """
     parser = argparse.ArgumentParser(prog="python -m trainer_fsdp_patch", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -32,9 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     form = status.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--markdown", action="store_true", help="print the README's table")
+    verify = commands.add_parser("verify", help="whether an adapter file or a checkpoint is alive")
+    verify.add_argument("path", type=Path, help="adapter file, its folder, or a Trainer's checkpoint")
+    verify.add_argument("--json", action="store_true", help="print JSON")
+    repair = commands.add_parser("repair", help="write a mended copy of an adapter, and say what cannot be mended")
+    repair.add_argument("path", type=Path, help="adapter file, its folder, or a Trainer's checkpoint")
+    repair.add_argument("--out", type=Path, required=True, help="folder for the copy")
+    repair.add_argument("--config", type=Path, help="adapter_config.json for an adapter that lacks its own")
     seams = commands.add_parser("seams", help="for maintainers: what moved since the newest tested releases")
     seams.add_argument("--record", action="store_true", help="write the installed releases as the tested ones")
     given = parser.parse_args(argv)
+    if given.command in ("verify", "repair"):
+        return _saved(given)
     if given.command in ("check", "seams") and _missing():
         text = message(
             given.command,
@@ -56,6 +67,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(markdown(trainer_fsdp_patch.status()))
         return 0
     return _status(as_json=given.json)
+
+
+def _saved(given: argparse.Namespace) -> int:
+    """Verify, or repair and verify the copy; 2 where there is nothing at the path."""
+    from trainer_fsdp_patch import repair, verify
+    from trainer_fsdp_patch.errors import AdapterError
+
+    done: list[str] = []
+    try:
+        if given.command == "verify":
+            findings = verify.path(given.path)
+        else:
+            done, findings = repair.path(given.path, given.out, given.config)
+    except AdapterError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    if given.command == "verify" and given.json:
+        rows = [dataclasses.asdict(item) for item in findings]
+        sys.stdout.write(json.dumps({"path": str(given.path), "alive": not findings, "findings": rows}) + "\n")
+        return int(bool(findings))
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 140)
+    for line in done:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not findings:
+        place = given.path if given.command == "verify" else given.out
+        console.print(f"{place}: alive, nothing is wrong", highlight=False, markup=False, soft_wrap=True)
+        return 0
+    table = Table(title=f"{len(findings)} fault{'s' * (len(findings) > 1)}", title_justify="left")
+    for column in ("where", "fault", "found", "repair"):
+        table.add_column(column, overflow="fold")
+    for item in findings:
+        mend = "`repair` mends it" if item.repairable else f"cannot: {repair.REASONS[item.fault]}"
+        table.add_row(f"{item.file} {item.tensor}".strip(), item.fault, item.text, mend)
+    console.print(table, markup=False)
+    return 1
 
 
 def _seams(*, record: bool) -> int:

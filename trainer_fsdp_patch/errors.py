@@ -47,6 +47,10 @@ class AdapterError(TrainerFsdpPatchError):
         self.tensor = tensor
 
 
+class RankError(TrainerFsdpPatchError):
+    """Another rank has ended or does not answer, so that a collective of ours cannot be completed."""
+
+
 class TrainerFsdpPatchWarning(UserWarning):
     """The run goes on, but differs from what was asked for or tested."""
 

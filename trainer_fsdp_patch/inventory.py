@@ -52,6 +52,23 @@ def has_adapter(model: Any) -> bool:
     return any(isinstance(module, (PeftModel, BaseTunerLayer)) for module in model.modules())
 
 
+def fsdp_version(model: Any) -> int:
+    """Version of FSDP that has wrapped the model or a part of it, 0 where none has."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(parameter, dtensor()) for parameter in model.parameters()):
+        return 2
+    return int(any(isinstance(module, FullyShardedDataParallel) for module in model.modules()))
+
+
+def is_native(model: Any) -> bool:
+    """Whether transformers has sharded the model over FSDP's dimension alone while it loaded it."""
+    config = getattr(getattr(model, "config", None), "distributed_config", None)
+    others = ("tp_size", "ep_size", "pp_size")
+    alone = config is not None and all((getattr(config, name, None) or 1) == 1 for name in others)
+    return alone and fsdp_version(model) == 2
+
+
 def named_tensors(model: Any) -> Iterator[tuple[str, str, str, Any, Any, bool]]:
     """Every slot that holds a tensor: (canonical name, kind, key, module, tensor, owned by the adapter).
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import inventory, sync
 from trainer_fsdp_patch.errors import AdapterError, PlanError, message
+from trainer_fsdp_patch.liveness import Liveness
 from trainer_fsdp_patch.shadowing import shadowed
 
 if TYPE_CHECKING:
@@ -24,15 +25,18 @@ class Prepared:
         plan: the plan.
         names: canonical names of the tensors set aside; tensors: the tensors, in the same order.
         groups: data-parallel process groups that gradients are averaged over.
+        native: whether transformers sharded the base while it loaded it, and accelerate knows of no FSDP.
+        liveness: whether training moves it, from `watch` on.
         loading: whether a Trainer is reading a checkpoint; failure: why this rank refused it, or "".
     """
 
-    def __init__(self, model: Any, plan: Plan, groups: Sequence[Any]) -> None:
+    def __init__(self, model: Any, plan: Plan, groups: Sequence[Any], *, native: bool = False) -> None:
         self.model: Callable[[], Any] = weakref.ref(model)
-        self.plan, self.groups = plan, groups
+        self.plan, self.groups, self.native = plan, groups, native
         self.roles = {item.tensor.name: item.tensor.role for item in plan.set_aside}
         self.expected: dict[str, set[str]] = {}
         self.loading, self.failure = False, ""
+        self.liveness: Liveness | None = None
         self._pending: set[int] = set()
         self.refresh()
 
@@ -71,6 +75,8 @@ class Prepared:
                 )
         sync.average_gradients([tensor for tensor in self.tensors if tensor.requires_grad], self.groups)
         self._pending.clear()
+        if self.liveness is not None:
+            self.liveness.note_gradients()
 
     def watch(self) -> None:
         """Refuse optimizer steps with gradients that no average has seen.
@@ -82,6 +88,7 @@ class Prepared:
 
         # The hooks outlive neither the model nor keep it alive, so they hold these two and not self.
         known, pending = self._known, self._pending
+        self.liveness = liveness = Liveness([tensor for tensor in self.tensors if tensor.requires_grad])
 
         def note(parameter: Any) -> None:
             pending.add(id(parameter))
@@ -97,6 +104,7 @@ class Prepared:
                         "Call Accelerator.backward(loss), as Trainer.training_step does, and not loss.backward()",
                     )
                 )
+            liveness.note_step(optimizer)
 
         for tensor in self.tensors:
             if tensor.requires_grad:
@@ -110,8 +118,13 @@ def prepared_for(model: Any) -> Prepared | None:
 
 
 def prepared_by(trainer: Any) -> Prepared | None:
-    """Record of a Trainer's model, if it runs under FSDP and a plan was applied."""
-    return prepared_for(trainer.model) if getattr(trainer, "is_fsdp_enabled", False) else None
+    """Record of a Trainer's model, if a plan was applied to it."""
+    return None if trainer.model is None else prepared_for(trainer.model)
+
+
+def any_prepared() -> bool:
+    """Whether this process has a model that a plan was applied to."""
+    return bool(_PREPARED)
 
 
 def keep(model: Any, prepared: Prepared) -> None:

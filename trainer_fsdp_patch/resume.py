@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from trainer_fsdp_patch import checkpoint, inventory, sync
-from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch import checkpoint, inventory, reading, sync, verify
+from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.prepared import Prepared, prepared_by, prepared_for
 
 _NAMED = "_trainer_fsdp_patch_named_state"
@@ -69,6 +70,39 @@ def names(model: Any, prepared: Prepared, *, as_peft: bool) -> dict[str, Any]:
 
 def _place(tensor: Any) -> tuple[Any, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.dtype
+
+
+def last_checkpoint(upstream: Callable[..., Any], folder: Any) -> Any:
+    """The newest checkpoint of a run that is whole.
+
+    Args:
+        upstream: transformers' own, which takes the newest folder by its number.
+        folder: of the run.
+
+    Returns:
+        Path of the checkpoint, or None where there is none; upstream's answer where that is not of an adapter
+        under FSDP.
+    """
+    found = upstream(folder)
+    candidates = reading.checkpoints(Path(folder)) if found else []
+    if not any(verify.is_ours(item) for item in candidates):
+        return found
+    skipped, whole = [], None
+    for item in candidates:
+        lacks = verify.incomplete(item)
+        if not lacks:
+            whole = item
+            break
+        skipped.append(f"{item.name} ({lacks[0]})")
+    if not skipped:
+        return found
+    warn(
+        str(folder),
+        f"the last checkpoint is not whole: {', '.join(skipped)}",
+        f"The run resumes from {whole.name}" if whole else "There is none to resume from",
+        "Remove the folders that are not whole; `python -m trainer_fsdp_patch verify` says what they lack",
+    )
+    return str(whole) if whole else None
 
 
 def load_model_state_dict(
@@ -142,26 +176,62 @@ def _refused(name: str, found: str) -> AdapterError:
     return AdapterError(text, tensor=name)
 
 
-@contextlib.contextmanager
-def loading(trainer: Any) -> Iterator[None]:
-    """Around a Trainer's load of a checkpoint: afterwards every rank has the adapter that rank 0 has read.
+def load(upstream: Callable[[], Any], trainer: Any, folder: Any) -> Any:
+    """Load a checkpoint of a Trainer: afterwards every rank has the adapter that rank 0 has read.
+
+    Args:
+        upstream: loads it; it is not asked where the folder holds an adapter and nothing to resume from, as
+            `save_only_model` leaves it.
+        trainer: whose model is loaded.
+        folder: of the checkpoint.
 
     Raises:
-        AdapterError: on all ranks, where one of them refused what it read.
+        AdapterError: on all ranks, where the checkpoint is not whole or one rank refused what it read.
     """
-    import torch.distributed as dist
-
     prepared = prepared_by(trainer)
     if prepared is None:
-        yield
-        return
+        return upstream()
+    where = Path(folder)
+    lacks = verify.incomplete(where)
+    result = None
+    with _loading(prepared):
+        if lacks:
+            prepared.failure = str(_refused(str(where), f"not whole: {lacks[0]}"))
+        elif verify.is_ours(where) or not reading.adapter_folders(where):
+            result = upstream()
+        else:
+            load_model_state_dict(upstream, trainer.model, _of_files(trainer.model, prepared, where), True)
+    return result
+
+
+def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
+    """Tensors of adapter files by canonical names of the model."""
+    bare = inventory.bare(model)
+    live = checkpoint.persistent(model, prepared.of_adapter())
+    places = {_place(tensor): name for name, tensor in live.items()}
+    found: dict[str, Any] = {}
+    for adapter in getattr(bare, "peft_config", {}):
+        file = reading.adapter_file(folder if adapter == "default" else folder / adapter)
+        if file is None:
+            continue
+        # transformers keeps the names of its own model, to which a file has peft's prefix.
+        own = {f"base_model.model.{reading.bare(name, adapter)}": name for name in live if adapter in name.split(".")}
+        written = checkpoint.keys(bare, live).get(adapter, {})
+        named = own | {key: places[_place(item)] for key, item in written.items() if _place(item) in places}
+        found |= {named.get(key, key): tensor for key, tensor in reading.tensors(file).items()}
+    return found
+
+
+@contextlib.contextmanager
+def _loading(prepared: Prepared) -> Iterator[None]:
     prepared.loading, prepared.failure = True, ""
     try:
         yield
+    except AdapterError as error:
+        prepared.failure = str(error)
     finally:
         prepared.loading = False
-    failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, prepared.failure)
+    failures = sync.everyone(prepared.failure, "load of a checkpoint")
     if any(failures):
         raise AdapterError(next(failure for failure in failures if failure))
     # Releases from 1.7 to 1.8 read a full FSDP2 checkpoint on rank 0 only, and later ones broadcast it themselves.
@@ -178,7 +248,8 @@ def initialized_optimizer(trainer: Any, folder: str | None) -> Iterator[None]:
         trainer: whose optimizer is about to be loaded.
         folder: of the checkpoint, or None where the run starts anew.
     """
-    if folder is None or prepared_by(trainer) is None:
+    prepared = prepared_by(trainer)
+    if folder is None or prepared is None or prepared.native:
         yield
         return
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -231,6 +302,49 @@ def answer_by_name(plugin: Any) -> None:
         return answer()
 
     vars(optimizer)["state_dict"] = state_dict
+
+
+def load_optimizer(
+    upstream: Callable[..., Any], model: Any, optimizers: Any, optim_state_dict: Any, *, options: Any = None
+) -> Any:
+    """Read an optimizer that keeps no state, such as plain SGD: torch asks its tensors for a device.
+
+    Args:
+        upstream: torch's `set_optimizer_state_dict`; it is asked wherever there is state.
+        model: as prepared by accelerate.
+        optimizers: the optimizer.
+        optim_state_dict: of the checkpoint; with `full_state_dict` rank 0 has it alone.
+        options: torch's StateDictOptions, or None.
+    """
+    if prepared_for(model) is None or not getattr(options, "full_state_dict", False):
+        return upstream(model, optimizers, optim_state_dict, options=options)
+    found = optim_state_dict or {}
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in found.get("param_groups", ())]
+    stateless = not any(found.get("state", {}).values())
+    stateless, settings = sync.everyone((stateless, settings), "load of the optimizer")[0]
+    if not stateless:
+        return upstream(model, optimizers, optim_state_dict, options=options)
+    for group, setting in zip(optimizers.param_groups, settings, strict=True):
+        group.update(setting)
+    return None
+
+
+def optimizer_to_load(
+    upstream: Callable[..., Any], model: Any, optim: Any, optim_state_dict: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """What FSDP1 makes of an optimizer's checkpoint; a distributed one has no entry where there was no state.
+
+    Args:
+        upstream: torch's `optim_state_dict_to_load`.
+        model: as wrapped by FSDP1.
+        optim: the optimizer.
+        optim_state_dict: of the checkpoint.
+        *args: for upstream.
+        **kwargs: for upstream.
+    """
+    if prepared_for(model) is not None and optim_state_dict and "state" not in optim_state_dict:
+        optim_state_dict = {**optim_state_dict, "state": {}}
+    return upstream(model, optim, optim_state_dict, *args, **kwargs)
 
 
 def _named_state(model: Any, optimizer: Any) -> Any:

@@ -65,12 +65,17 @@ def known() -> Iterator[tuple[str, str, tuple[str, ...]]]:
 
 
 def look(target: str, path: str) -> dict[str, Any] | None:
-    """Parameters of an upstream function and a digest of its source, or None where it is not there."""
+    """Parameters of an upstream function and a digest of its source, or None where it is not there.
+
+    Of what the target imports from another package there is only its name: that package has releases of its own.
+    """
     try:
         function = wrapping.resolve(importlib.import_module(target), path)[2]
     except (AttributeError, ImportError):
         return None
     function = inspect.unwrap(getattr(function, "__func__", function))
+    if function.__module__.split(".")[0] != target.split(".")[0]:
+        return {"imported": f"{function.__module__}.{function.__qualname__}"}
     return {
         "parameters": list(inspect.signature(function).parameters),
         "digest": digest(inspect.getsource(function)),
@@ -99,6 +104,8 @@ def moves() -> list[Move]:
 def _difference(then: dict[str, Any] | None, now: dict[str, Any] | None) -> tuple[str, str]:
     if then is None or now is None:
         return ("same" if then is now else "new" if then is None else "gone"), ""
+    if "imported" in then or "imported" in now:
+        return ("same", "") if then == now else ("signature", f"{then} -> {now}")
     if then["parameters"] != now["parameters"]:
         return "signature", f"({', '.join(then['parameters'])}) -> ({', '.join(now['parameters'])})"
     return ("same", "") if then["digest"] == now["digest"] else ("body", "read what changed in it")

@@ -89,3 +89,10 @@ def environment() -> None:
     """
     if at_least("torch", "2.6.0") and not at_least("transformers", "4.47.0"):
         os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+
+
+def evaluate_every_step(trainer: Any) -> None:
+    """Have a Trainer evaluate after each step; its argument was renamed in transformers 4.41 and 4.46."""
+    name = "eval_strategy" if hasattr(trainer.args, "eval_strategy") else "evaluation_strategy"
+    setattr(trainer.args, name, type(getattr(trainer.args, name))("steps"))
+    trainer.args.eval_steps = 1

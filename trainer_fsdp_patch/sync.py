@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.errors import AdapterError, RankError, message
 
 if TYPE_CHECKING:
     import torch
 
 BUCKET_BYTES = 256 * 2**20
 """Largest flat buffer that one all-reduce gets, in bytes; small adapters fit into one."""
+
+
+@contextlib.contextmanager
+def collective(what: str) -> Iterator[None]:
+    """Around collectives: says what was lost where another rank has ended.
+
+    Args:
+        what: such as "average of the adapter's gradients".
+
+    Raises:
+        RankError: torch's own error, or its process-group timeout, with what to do.
+    """
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        found = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RankError(
+            message(
+                what,
+                f"another rank has ended or does not answer ({found})",
+                "This rank stops too; what was saved before is untouched",
+                "See the log of the rank that ended first, and resume from the last checkpoint",
+            )
+        ) from error
 
 
 def broadcast(tensors: Iterable[torch.Tensor]) -> None:
@@ -25,7 +54,8 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
 
     for bucket in _buckets([tensor.detach() for tensor in tensors]):
         flat = _flatten(bucket)
-        dist.broadcast(flat, src=0)
+        with collective("broadcast of the adapter"):
+            dist.broadcast(flat, src=0)
         for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -54,9 +84,10 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter], groups: Sequence
         present = [parameter.grad is not None for parameter in bucket]
         gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in bucket]
         flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), gradients[0].new_tensor(present)])
-        for group in groups:
-            dist.all_reduce(flat, group=group)
-            collectives += 1
+        with collective("average of the adapter's gradients"):
+            for group in groups:
+                dist.all_reduce(flat, group=group)
+        collectives += len(groups)
         flat.div_(size)
         *parts, count = torch.split(flat, [gradient.numel() for gradient in gradients] + [len(bucket)])
         torch._foreach_copy_(
@@ -87,8 +118,9 @@ def compare(names: Sequence[str], tensors: Sequence[torch.Tensor], when: str) ->
         return
     prints = torch.stack([fingerprint(tensor) for tensor in tensors])
     low, high = prints.clone(), prints
-    dist.all_reduce(low, op=dist.ReduceOp.MIN)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    with collective(f"comparison of the adapter {when}"):
+        dist.all_reduce(low, op=dist.ReduceOp.MIN)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX)
     differing = (low != high).any(dim=1).nonzero().flatten().tolist()
     if differing:
         name = names[differing[0]]
@@ -104,18 +136,57 @@ def compare(names: Sequence[str], tensors: Sequence[torch.Tensor], when: str) ->
         )
 
 
+def everyone(value: Any, what: str) -> list[Any]:
+    """A value of each rank, which all ranks get.
+
+    Args:
+        value: this rank's; it is pickled.
+        what: for the error.
+
+    Raises:
+        RankError: another rank has ended.
+    """
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * dist.get_world_size()
+    with collective(what):
+        dist.all_gather_object(values, value)
+    return values
+
+
+def anywhere(flag: bool, device: Any, what: str) -> bool:
+    """Whether a flag is set on any rank.
+
+    Args:
+        flag: this rank's.
+        device: of the collectives.
+        what: for the error.
+
+    Raises:
+        RankError: another rank has ended.
+    """
+    import torch
+    import torch.distributed as dist
+
+    found = torch.tensor(int(flag), device=device)
+    with collective(what):
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     """Two sums over the bits of a tensor, plain and weighted by position: int64, shape [2]."""
     import torch
 
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    stored = tensor.detach().contiguous().view(width).reshape(-1)
+    stored = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if stored.storage_offset() % 8:
+        stored = stored.clone()
+    whole = stored.numel() // 8 * 8
     total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    # In pieces, for a large tensor times int64 would be several times its own memory.
-    for index, piece in enumerate(torch.split(stored, 2**22)):
-        bits = piece.to(torch.int64)
-        place = torch.arange(1, bits.numel() + 1, device=bits.device) % 65521 + index
-        total += torch.stack([bits.sum(), (bits * place).sum()])
+    # In pieces, for a large tensor and its products would be twice its own memory; sums wrap around.
+    for index, piece in enumerate((*torch.split(stored[:whole].view(torch.int64), 2**20), stored[whole:])):
+        place = torch.arange(1 + index, 1 + index + piece.numel(), device=piece.device)
+        total += torch.stack([piece.sum(dtype=torch.int64), (piece * (2 * place + 1)).sum()])
     return total
 
 

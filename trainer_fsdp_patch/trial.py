@@ -188,6 +188,7 @@ def arguments(setup: Setup, folder: str, ranks: int) -> Any:
         max_grad_norm=setup.clip,
         bf16=setup.amp == "bf16",
         gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps" if setup.save_steps else "no",

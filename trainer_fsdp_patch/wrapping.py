@@ -81,7 +81,7 @@ def check(module: ModuleType, seam: Seam) -> None:
 
 def stranger(function: Any, module: ModuleType) -> str:
     """Module of another package that put a function in place of, or around, one of `module`'s package, or ""."""
-    known = {module.__name__.split(".")[0], "trainer_fsdp_patch", "torch", *sys.stdlib_module_names}
+    known = {module.__name__.split(".")[0], "trainer_fsdp_patch", "torch", "safetensors", *sys.stdlib_module_names}
     while function is not None:
         for owner in () if type(function) is PatchWrapper else _owners(function):
             if owner.split(".")[0] not in known:

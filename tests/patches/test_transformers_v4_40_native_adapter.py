@@ -1,22 +1,14 @@
 """The save of an adapter that transformers added asks the model of rank 0 again, and FSDP1 waits for the others."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from faults import canary, equals_one_process
+from faults import added, canary, equals_one_process
 from matrix import Bench, Setup, trial
 
 
 def test_canary() -> None:
     canary("transformers_v4_40_native_adapter")
-
-
-def added(model: Any) -> Any:
-    from peft import LoraConfig
-
-    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
-    return model
 
 
 def test_the_save_ends(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

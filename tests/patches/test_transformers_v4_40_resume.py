@@ -1,7 +1,10 @@
 """Some checkpoints are read on rank 0 only, and a fresh optimizer has no entries to read a sharded one into."""
 
+from pathlib import Path
+
+import checkpoints
 import pytest
-from faults import canary, fsdp2, resumes, where
+from faults import FLAVOURS, canary, fsdp2, resumes, scene_fault, where
 from matrix import METHODS, Bench, Setup
 
 
@@ -20,6 +23,23 @@ def test_read_on_rank_0_only(bench: Bench, method: str) -> None:
 def test_the_state_of_a_sharded_optimizer(bench: Bench, method: str) -> None:
     """https://github.com/huggingface/accelerate/pull/3904 mended it for FSDP2 only."""
     resumes(bench, METHODS[method], Setup("f1-sharded", fsdp=1, sharded=True), "no adapter file was written")
+
+
+def test_save_only_model(bench: Bench) -> None:
+    """https://github.com/huggingface/transformers/issues/28320"""
+    scene_fault(bench, checkpoints.model_only, Setup("f1", fsdp=1), "")
+
+
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_a_checkpoint_that_is_not_whole_is_refused_on_all_ranks(bench: Bench, fsdp: int) -> None:
+    scene = checkpoints.Scene(bench)
+    setup = Setup(f"f{fsdp}", fsdp=fsdp, save_steps=1)
+    folder = Path(scene.run(checkpoints.train, setup, patched=True)[0].folder)
+    (folder / "checkpoint-2" / "scheduler.pt").unlink()
+    outcomes = scene.run(checkpoints.resume_from(2), setup, patched=True, folder=folder)
+    for outcome in outcomes:
+        assert outcome.error.startswith("AdapterError: ")
+        assert "not whole: there is no scheduler.pt" in outcome.error
 
 
 @fsdp2

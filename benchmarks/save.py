@@ -1,0 +1,107 @@
+"""Cost of a save, stock beside patched, and what of it is proof, in one run on two CPU ranks.
+
+    python benchmarks/save.py [--repeat 5]
+
+Prints medians on rank 0: milliseconds of a resume checkpoint (adapter file, model part, optimizer, scheduler, random
+state), and of the parts that the patches add to it. The model is `adapter_step.py`'s with LoRA of rank 128 on all
+projections, 14 million parameters in the adapter, FSDP2, fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+
+import adapter_step
+from rich.console import Console
+from rich.table import Table
+
+from trainer_fsdp_patch import checking, checkpoint, liveness, sync, trial, writing
+from trainer_fsdp_patch.trial import Outcome, Setup
+
+PARTS = {
+    "ranks compared": (sync, "compare"),
+    "values finite": (checkpoint, "refuse_dead"),
+    "moved since the start": (liveness.Liveness, "refuse_unmoved"),
+    "keys as expected": (checkpoint, "prove"),
+    "file read back": (writing, "equal"),
+    "bytes on the disk": (writing, "_settle"),
+    "all ranks told": (writing, "_agree"),
+}
+
+
+def lora(model):
+    """LoRA of rank 128 on all projections of a layer."""
+    from peft import LoraConfig, get_peft_model
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return get_peft_model(model, LoraConfig(r=128, target_modules=names))
+
+
+def timed(spent, name, function):
+    """The function, with its seconds added to `spent[name]`."""
+
+    def wrapper(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent[name] += time.perf_counter() - start
+
+    return wrapper
+
+
+def measure(patched: bool, repeat: int, folder: str, rank: int) -> Outcome:
+    """Train a step and write checkpoints, in one of two ranks."""
+    from transformers import Trainer
+
+    given = trial.enter(Setup("benchmark"), folder, 2, patched=patched)
+    given.max_steps = 1
+    spent = defaultdict(float)
+    for name, (owner, function) in PARTS.items():
+        setattr(owner, function, timed(spent, name, getattr(owner, function)))
+    trainer = Trainer(model=lora(adapter_step.base()), args=given, train_dataset=trial.dataset(trial.BATCH))
+    trainer.train()
+    rows = []
+    for _ in range(repeat):
+        spent.clear()
+        trainer.accelerator.wait_for_everyone()
+        start = time.perf_counter()
+        trainer._save_checkpoint(trainer.model, trial=None)
+        rows.append({"checkpoint": time.perf_counter() - start, **spent})
+    return Outcome(extra={"rows": rows[1:]})
+
+
+def main() -> None:
+    """Run both sides in turn."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=5)
+    repeat = parser.parse_args().repeat + 1
+    trial.TIMEOUT = 300.0
+    checking.import_targets()
+    medians = {}
+    for patched in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = trial.launch(measure, patched, repeat, folder, ranks=2)[0]
+        if outcome.error:
+            raise SystemExit(outcome.error)
+        names = {name: None for row in outcome.extra["rows"] for name in row}
+        medians[patched] = {
+            name: statistics.median(row.get(name, 0.0) for row in outcome.extra["rows"]) * 1e3 for name in names
+        }
+    table = Table(title=f"medians of {repeat - 1} checkpoints, 2 gloo ranks", title_justify="left")
+    for column in ("part", "ms", "of the checkpoint"):
+        table.add_column(column)
+    stock, whole = medians[False]["checkpoint"], medians[True]["checkpoint"]
+    table.add_row("checkpoint, stock -> patched", f"{stock:.0f} -> {whole:.0f}", f"{whole / stock:.2f} of stock")
+    for name in PARTS:
+        value = medians[True].get(name, 0.0)
+        table.add_row(name, f"{value:.1f}", f"{value / whole:.1%}")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

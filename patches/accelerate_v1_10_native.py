@@ -1,0 +1,19 @@
+"""Keeps DDP away from a base that transformers sharded while it loaded it, and from the adapter beside it.
+
+Upstream: https://github.com/huggingface/transformers/pull/48873
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import applying
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="accelerate>=1.10.dev0", target="accelerate.accelerator")
+
+
+@patch.wrap("Accelerator.prepare_model", "self", "model", "device_placement", "evaluation_mode")
+def prepare_without_ddp(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Ask for what transformers 5.19 asks for itself."""
+    return applying.prepare_natively(wrapped, *args, **kwargs)

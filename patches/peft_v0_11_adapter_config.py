@@ -1,0 +1,19 @@
+"""Writes an adapter's configuration whole or leaves the old one, without which its tensors do not load.
+
+Upstream: https://github.com/huggingface/peft/blob/v0.20.0/src/peft/config.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import writing
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft.config")
+
+
+@patch.wrap("PeftConfigMixin.save_pretrained", "self", "save_directory", "kwargs")
+def write_beside(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Write into a folder beside and rename: a full disk would leave an empty file."""
+    return writing.folder(wrapped, *args, **kwargs)

@@ -1,0 +1,19 @@
+"""Writes the adapter file beside the old one, reads it back, and only then puts it in its place.
+
+Upstream: https://github.com/huggingface/peft/blob/v0.20.0/src/peft/peft_model.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import writing
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft.peft_model")
+
+
+@patch.wrap("safe_save_file", "tensors", "filename", "metadata")
+def write_beside(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Write under another name and rename: a crash or a full disk leaves the file of the earlier save."""
+    return writing.tensors(wrapped, *args, **kwargs)

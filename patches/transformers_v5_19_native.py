@@ -1,0 +1,19 @@
+"""Averages an adapter beside a natively sharded base in one all-reduce, and not tensor by tensor.
+
+Upstream: https://github.com/huggingface/transformers/pull/48873
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import prepared
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="transformers>=5.19.dev0", target="transformers.trainer")
+
+
+@patch.wrap("Trainer._sync_replicated_trainable_parameters", "self", "model")
+def leave_it_to_the_plan(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Skip the upstream function for planned models: they are broadcast already and averaged after backward."""
+    return None if prepared.prepared_by(instance) is not None else wrapped(*args, **kwargs)

@@ -1,0 +1,23 @@
+"""Prepares a model for training where it is evaluated first, after which `train()` had no optimizer.
+
+Upstream: https://github.com/huggingface/transformers/issues/39961
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import applying
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="transformers>=5.3.dev0", target="transformers.trainer")
+
+
+@patch.wrap(
+    "Trainer.evaluation_loop",
+    "self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix",
+)  # fmt: skip
+def prepare_first(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Do before the loop what it does in another way than `train()`."""
+    applying.prepare_to_evaluate(instance)
+    return wrapped(*args, **kwargs)

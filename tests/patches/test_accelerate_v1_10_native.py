@@ -1,0 +1,23 @@
+"""A base that transformers shards itself is put into DDP, which takes no sharded parameters."""
+
+import checkpoints
+from faults import canary, scene_fault, where
+from matrix import METHODS, Bench, Setup
+
+
+def test_canary() -> None:
+    canary("accelerate_v1_10_native")
+
+
+@where("transformers>=5.15.dev0", "transformers<5.19.dev0")
+def test_sharded_by_transformers(bench: Bench) -> None:
+    """https://github.com/huggingface/transformers/pull/48792"""
+    scene_fault(bench, checkpoints.natively(METHODS["vera"]), Setup("native", fsdp=0), "mixed torch.Tensor and DTensor")
+
+
+@where("transformers>=5.19.dev0")
+def test_sharded_by_transformers_patched(bench: Bench) -> None:
+    scene = checkpoints.Scene(bench)
+    setup = Setup("native", fsdp=0)
+    for method in ("lora", "vera"):
+        assert checkpoints.cell(checkpoints.natively(METHODS[method]), scene, setup, patched=True) == ""

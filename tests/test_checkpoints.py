@@ -1,0 +1,31 @@
+"""Every scenario of tests/checkpoints.py, patched: nothing is lost. tests/data/checkpoints.json has both sides."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+from matrix import Bench, Setup
+
+SCENARIOS = list(checkpoints.scenarios())
+
+
+@pytest.fixture(scope="module")
+def scene(bench: Bench) -> checkpoints.Scene:
+    return checkpoints.Scene(bench)
+
+
+@pytest.mark.parametrize(("scenario", "setup"), [row[1:] for row in SCENARIOS], ids=[row[0] for row in SCENARIOS])
+def test_nothing_is_lost(scene: checkpoints.Scene, scenario: Any, setup: Setup) -> None:
+    assert checkpoints.cell(scenario, scene, setup, patched=True) == ""
+
+
+def test_the_recorded_figures_are_of_these_scenarios() -> None:
+    rows = json.loads((Path(__file__).parent / "data" / "checkpoints.json").read_text())
+    assert [row["scenario"] for row in rows] == [name for name, _, _ in SCENARIOS]
+    assert all(row["patched"] == "" for row in rows)
+    counts = [sum(row[side] == "" for row in rows) for side in ("stock", "patched")]
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for side, right in zip(("stock", "patched"), counts, strict=True):
+        assert f"{side:8} {len(rows)} scenarios: {right} right, {len(rows) - right} wrong" in readme

@@ -1,0 +1,69 @@
+"""Whether training moves an adapter at all: a file that equals its start is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.errors import AdapterError, message
+
+
+class Liveness:
+    """What an adapter was at the start, and whether steps have been taken that should have changed it.
+
+    Args:
+        tensors: the trainable ones, as every rank starts with them.
+    """
+
+    def __init__(self, tensors: Sequence[Any]) -> None:
+        self.tensors = list(tensors)
+        self.start = [sync.fingerprint(tensor) for tensor in self.tensors]
+        self.known = {id(tensor) for tensor in self.tensors}
+        self.steps, self.moved = 0, False
+        self.largest: Any = None
+
+    def note_gradients(self) -> None:
+        """Keep the largest gradient so far; it stays on its device, so nothing waits for it."""
+        import torch
+
+        gradients = [tensor.grad for tensor in self.tensors if tensor.grad is not None]
+        if self.moved or not gradients:
+            return
+        largest = torch.stack([gradient.detach().abs().max().float() for gradient in gradients]).max()
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+
+    def note_step(self, optimizer: Any) -> None:
+        """Count a step that has a learning rate; where the optimizer has none of the adapter, any of its rates."""
+        groups = optimizer.param_groups
+        ours = [group for group in groups if not self.known.isdisjoint(map(id, group["params"]))]
+        self.steps += any(_moves(group["lr"]) for group in ours or groups)
+
+    def refuse_unmoved(self) -> None:
+        """Refuse an adapter that steps with gradients have left as it was, bit for bit.
+
+        Raises:
+            AdapterError: on all ranks, as they hold the same adapter.
+        """
+        if self.moved or not self.steps or self.largest is None or not float(self.largest) > 0:
+            return
+        self.moved = _differ(self.start, self.tensors)
+        if not self.moved:
+            raise AdapterError(
+                message(
+                    "adapter",
+                    f"all of its {len(self.tensors)} trainable tensors are what they were before {self.steps} steps "
+                    "with gradients",
+                    "Nothing was written: it would be an adapter without effect",
+                    "Check that the optimizer holds its parameters, and that the learning rate is not too small for "
+                    "their dtype",
+                )
+            )
+
+
+def _moves(rate: Any) -> bool:
+    return not isinstance(rate, (int, float)) or rate != 0
+
+
+def _differ(start: Iterable[Any], tensors: Iterable[Any]) -> bool:
+    return any(not before.equal(sync.fingerprint(tensor)) for before, tensor in zip(start, tensors, strict=True))
