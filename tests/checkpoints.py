@@ -38,6 +38,9 @@ def work(
     import torch
     from transformers import PrinterCallback
 
+    if extra.get("torch_compile"):
+        # TrainingArguments has read it already, accelerate has not.
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "EAGER"
     given = trial.enter(setup, folder, ranks, patched=patched)
     native = extra.get("native") and ranks > 1
     for name, value in extra.items():
@@ -164,17 +167,22 @@ def resume_from(step: int) -> Action:
     return action
 
 
-def interrupted(scene: Scene, setup: Setup, *, patched: bool, configure: Any = METHODS["lora"]) -> str:
+def compiled(scene: Scene, setup: Setup, *, patched: bool) -> str:
+    """The same below torch.compile."""
+    return interrupted(scene, setup, patched=patched, torch_compile=True)
+
+
+def interrupted(scene: Scene, setup: Setup, *, patched: bool, configure: Any = METHODS["lora"], **extra: Any) -> str:
     """Resume from the checkpoint of every step: each end is bit-equal to that of the run that was not interrupted."""
     writing = dataclasses.replace(setup, save_steps=1)
-    whole = scene.run(train, writing, patched=patched, configure=configure)
+    whole = scene.run(train, writing, patched=patched, configure=configure, **extra)
     wrong = scene.right(whole, scene.one(train, setup, configure), setup)
     for step in range(1, trial.STEPS):
         if wrong:
             return wrong
         again = Path(f"{whole[0].folder}-from-{step}")
         shutil.copytree(Path(whole[0].folder) / f"checkpoint-{step}", again / f"checkpoint-{step}")
-        resumed = scene.run(resume_from(step), setup, patched=patched, configure=configure, folder=again)
+        resumed = scene.run(resume_from(step), setup, patched=patched, configure=configure, folder=again, **extra)
         wrong = failure(resumed)
         if not wrong and bits(resumed[0].folder) != bits(whole[0].folder):
             wrong = f"resumed at step {step}, it ends in other bits"
@@ -571,6 +579,7 @@ def scenarios() -> Iterator[tuple[str, Callable[..., str], Setup]]:
             # Before, a Trainer takes the batch size of each rank from the checkpoint.
             if versions.at_least("transformers", "5.2.0"):
                 yield f"resume on 4 ranks, {kind}", other_ranks, setup
+            yield f"torch.compile, {kind}", compiled, setup
             yield f"load_best_model_at_end, {kind}", best_at_end, setup
         if "FULL" in stack.state_dict_type(base):
             yield f"save_only_model, FSDP{fsdp}", model_only, base

@@ -186,6 +186,12 @@ def test_checkpoints_that_are_not_whole(bench: Bench, tmp_path: Path, sharded: b
         assert faults(spoilt), name
 
 
+def test_files_of_the_users_own_are_left_alone(good: Path) -> None:
+    for name in ("vocabulary.bin", "notes.pt", "other.safetensors"):
+        (good / "checkpoint-1" / name).write_bytes(b"mine")
+    assert verify.path(good) == []
+
+
 def test_the_part_that_is_resumed_from_lacks_tensors(good: Path) -> None:
     """https://github.com/huggingface/accelerate/pull/4206"""
     folder = good / "checkpoint-1"

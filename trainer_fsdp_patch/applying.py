@@ -228,7 +228,10 @@ def prepare_to_evaluate(trainer: Any) -> None:
         trainer: about to evaluate; nothing happens where its model is wrapped already or is not ours.
     """
     accelerator = trainer.accelerator
-    if accelerator._models or getattr(trainer.args, "torch_compile", False) or prepare(trainer, trainer.model) is None:
+    if accelerator._models or getattr(trainer.args, "torch_compile", False):
+        return
+    prepared = prepare(trainer, trainer.model)
+    if prepared is None or prepared.native:
         return
     plugin = accelerator.state.fsdp_plugin
     if plugins.version_of(plugin) == 2:

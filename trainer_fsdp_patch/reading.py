@@ -19,6 +19,8 @@ _METADATA = {
     "pathlib": {"PosixPath", "PurePosixPath"},
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
+    "torch.distributed._shard.metadata": {"ShardMetadata"},
+    "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING", "TensorProperties"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",

@@ -197,11 +197,20 @@ def load(upstream: Callable[[], Any], trainer: Any, folder: Any) -> Any:
     with _loading(prepared):
         if lacks:
             prepared.failure = str(_refused(str(where), f"not whole: {lacks[0]}"))
+        elif (where / reading.FSDP_FULL).is_file() and _below_compile(trainer.model, prepared):
+            load_model_state_dict(upstream, trainer.model, reading.tensors(where / reading.FSDP_FULL), True)
         elif verify.is_ours(where) or not reading.adapter_folders(where):
             result = upstream()
         else:
             load_model_state_dict(upstream, trainer.model, _of_files(trainer.model, prepared, where), True)
     return result
+
+
+def _below_compile(model: Any, prepared: Prepared) -> bool:
+    """Whether accelerate would have rank 0 alone read, and wait for ranks that went on."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return prepared.plan.fsdp_version == 1 and type(model) is not FullyShardedDataParallel
 
 
 def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
@@ -351,7 +360,7 @@ def _named_state(model: Any, optimizer: Any) -> Any:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    if isinstance(model, FullyShardedDataParallel):
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return FullyShardedDataParallel.optim_state_dict(model, optimizer)
     return get_optimizer_state_dict(model, optimizer)
 

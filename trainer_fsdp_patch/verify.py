@@ -18,6 +18,13 @@ _PROJECTIONS = {"VERA": ("vera_A", "vera_B"), "PVERA": ("pvera_A", "pvera_B")}
 """Frozen tensors that peft draws in fp32 and that are part of the file, by `peft_type`."""
 
 
+_PICKLES = (
+    "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "training_args.bin", reading.FSDP_FULL,
+    reading.PICKLED,
+)  # fmt: skip
+"""What torch writes into a checkpoint, as a zip archive; other files there are the user's own."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong.
@@ -241,9 +248,9 @@ def incomplete(folder: Path) -> list[str]:
         lacks += [] if "global_step" in state else [f"{reading.STATE} has no global_step"]
     except AdapterError as error:
         lacks.append(str(error) if (folder / reading.STATE).exists() else f"there is no {reading.STATE}")
-    pickles = [*folder.glob("rng_state*.pth"), *folder.glob("*.pt"), *folder.glob("*.bin")]
+    pickles = [*folder.glob("rng_state*.pth"), *(folder / name for name in _PICKLES if (folder / name).is_file())]
     lacks += [f"{item.name} is truncated" for item in sorted(pickles) if not zipfile.is_zipfile(item)]
-    for item in sorted(folder.glob("*.safetensors")):
+    for item in sorted(folder.glob(f"**/{reading.SAFE}")):
         try:
             _opened(item)
         except AdapterError as error:

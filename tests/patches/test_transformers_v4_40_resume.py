@@ -30,6 +30,10 @@ def test_save_only_model(bench: Bench) -> None:
     scene_fault(bench, checkpoints.model_only, Setup("f1", fsdp=1), "")
 
 
+def test_below_torch_compile(bench: Bench) -> None:
+    scene_fault(bench, checkpoints.compiled, Setup("f1", fsdp=1), "")
+
+
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_a_checkpoint_that_is_not_whole_is_refused_on_all_ranks(bench: Bench, fsdp: int) -> None:
     scene = checkpoints.Scene(bench)
