@@ -79,8 +79,11 @@ def import_targets() -> None:
     """Import once what every forked rank needs; the parent computes nothing, so that it can be forked."""
     import torch
 
+    from trainer_fsdp_patch import registry
+
+    targets = {item.target for item in registry.discover().values() if item.concerns()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in ("peft", "transformers.trainer", "transformers.models.llama.modeling_llama"):
+        for name in ("peft", "transformers.trainer", "transformers.models.llama.modeling_llama", *sorted(targets)):
             importlib.import_module(name)
     torch.set_num_threads(1)

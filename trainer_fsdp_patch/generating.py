@@ -25,9 +25,12 @@ def enable(accelerator: Any, results: Any) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     for model in results if isinstance(results, Sequence) else [results]:
-        if not isinstance(model, nn.Module) or prepared_for(model) is None or not hasattr(model, "generate"):
+        if not isinstance(model, nn.Module) or prepared_for(model) is None:
             continue
         inner = _owner(inventory.bare(model))
+        # peft's classes have a generate() of their own, also around models that have none.
+        if not (hasattr(model, "generate") and hasattr(inner, "generate")):
+            continue
         if not isinstance(vars(inner).get("generate"), _InStep):
             vars(inner)["generate"] = _InStep(inner.generate, accelerator)
         if isinstance(model, FullyShardedDataParallel):
