@@ -5,7 +5,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 from faults import FLAVOURS, canary, fsdp2, resumes, scene_fault, where
-from matrix import METHODS, Bench, Setup
+from matrix import METHODS, Bench, Setup, trial
 
 
 def test_canary() -> None:
@@ -31,7 +31,8 @@ def test_save_only_model(bench: Bench) -> None:
 
 
 @where("accelerate>=1.8.dev0")
-def test_below_torch_compile(bench: Bench) -> None:
+def test_below_torch_compile(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "TIMEOUT", 20.0)
     scene_fault(bench, checkpoints.compiled, Setup("f1", fsdp=1), "")
 
 
