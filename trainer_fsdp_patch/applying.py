@@ -36,8 +36,9 @@ def prepare(trainer: Any, model: Any) -> Prepared | None:
         PlanError: the model is wrapped already, or a setting contradicts the plan.
         AdapterError: the ranks do not hold the same adapter.
     """
-    native = not getattr(trainer, "is_fsdp_enabled", False) and inventory.is_native(model)
-    if not native and not getattr(trainer, "is_fsdp_enabled", False):
+    enabled = getattr(trainer, "is_fsdp_enabled", False)
+    native = not enabled and inventory.is_native(model)
+    if not enabled and not native:
         return None
     accelerator = trainer.accelerator
     prepared = prepared_for(model)
@@ -305,8 +306,7 @@ def save_sharded(trainer: Any, folder: str | None) -> None:
     """
     if not getattr(trainer, "is_fsdp_enabled", False):
         return
-    bare = inventory.has_adapter(trainer.model) and not inventory.fsdp_version(trainer.model)
-    if prepared_by(trainer) is None and not bare:
+    if prepared_by(trainer) is None and not inventory.is_unwrapped_adapter(trainer.model):
         return
     if "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
         found = trainer.accelerator.get_state_dict(trainer.model)

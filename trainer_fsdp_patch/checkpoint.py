@@ -73,7 +73,7 @@ def state_dict(upstream: Callable[..., Any], accelerator: Any, model: Any, unwra
         AdapterError: on all ranks, where ranks differ, a value is not finite or something would be missing.
     """
     prepared = prepared_for(model)
-    if prepared is None and inventory.has_adapter(model) and not inventory.fsdp_version(model):
+    if prepared is None and inventory.is_unwrapped_adapter(model):
         # Before train() there is nothing to gather, and FSDP1 fails for want of a unit.
         return model.state_dict()
     if prepared is None:

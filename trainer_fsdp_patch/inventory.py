@@ -61,6 +61,11 @@ def fsdp_version(model: Any) -> int:
     return int(any(isinstance(module, FullyShardedDataParallel) for module in model.modules()))
 
 
+def is_unwrapped_adapter(model: Any) -> bool:
+    """Whether a model has an adapter and no FSDP around it or in it, as before `train()`."""
+    return has_adapter(model) and not fsdp_version(model)
+
+
 def is_native(model: Any) -> bool:
     """Whether transformers has sharded the model over FSDP's dimension alone while it loaded it."""
     config = getattr(getattr(model, "config", None), "distributed_config", None)

@@ -30,7 +30,8 @@ class Liveness:
         gradients = [tensor.grad for tensor in self.tensors if tensor.grad is not None]
         if self.moved or not gradients:
             return
-        largest = torch.stack([gradient.detach().abs().max().float() for gradient in gradients]).max()
+        # One launch for all: this runs at each step until a save has found that the adapter moves.
+        largest = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, float("inf"))]).max()
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
 
     def note_step(self, optimizer: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from trainer_fsdp_patch import checkpoint, inventory, reading, sync, verify
 from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.prepared import Prepared, prepared_by, prepared_for
+from trainer_fsdp_patch.shadowing import shadowed
 
 _NAMED = "_trainer_fsdp_patch_named_state"
 
@@ -119,7 +120,7 @@ def load_model_state_dict(
 
     Raises:
         AdapterError: a tensor is missing, foreign, or one rank's shard. During a Trainer's load it is raised by
-            `loading` on all ranks.
+            `load` on all ranks.
     """
     prepared = prepared_for(model) if adapter_only else None
     if prepared is None:
@@ -269,11 +270,11 @@ def initialized_optimizer(trainer: Any, folder: str | None) -> Iterator[None]:
     _take_empty_step(optimizer)
     made = optimizer.state
     plugin = trainer.accelerator.state.fsdp_plugin
-    vars(plugin)[_NAMED] = trainer.optimizer, functools.partial(_named_state, trainer.model, optimizer)
+    named = trainer.optimizer, functools.partial(_named_state, trainer.model, optimizer)
     try:
-        yield
+        with shadowed(plugin, **{_NAMED: named}):
+            yield
     finally:
-        vars(plugin).pop(_NAMED, None)
         vars(trainer.optimizer).pop("state_dict", None)
     if optimizer.state is made:
         # Nothing was read, and a counter that says one step was taken would bend the first real one.

@@ -68,8 +68,8 @@ def path(where: Path) -> list[Finding]:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is, or was to become, a resume checkpoint of a Trainer under FSDP."""
-    names = (reading.STATE, reading.FSDP_FULL, reading.FSDP_SHARDED)
-    return any((folder / name).exists() for name in names) or bool(re.fullmatch(r"checkpoint-\d+", folder.name))
+    named = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+    return named or (folder / reading.STATE).exists() or is_ours(folder)
 
 
 def is_ours(folder: Path) -> bool:
