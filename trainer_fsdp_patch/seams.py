@@ -17,7 +17,6 @@ RECORD = Path(__file__).with_name("seams.json")
 """What the newest tested releases have, written by `seams --record`."""
 
 WATCHED = (
-    ("accelerate.accelerator", "Accelerator.prepare_model"),
     ("accelerate.accelerator", "Accelerator.unwrap_model"),
     ("accelerate.utils.dataclasses", "FullyShardedDataParallelPlugin.set_mixed_precision"),
     ("accelerate.utils.fsdp_utils", "load_fsdp_model"),
