@@ -14,7 +14,7 @@ NEWEST_TESTED = {
     "bitsandbytes": "0.50.2",
     "peft": "0.21.2",
     "torch": "2.13.0",
-    "transformers": "5.23.0",
+    "transformers": "5.24.0",
 }
 """Newest release of each target that the test matrix of this package has run on."""
 
