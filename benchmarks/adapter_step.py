@@ -44,11 +44,11 @@ def vera(model):
     return get_peft_model(model, config)
 
 
-def base():
-    """The benchmark's base model."""
+def base(width=512):
+    """The benchmark's base model, of 12 layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 8}
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 12, "num_attention_heads": 8}
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(vocab_size=trial.VOCABULARY, **sizes))
 

@@ -1,10 +1,10 @@
 """Cost of a save, stock beside patched, and what of it is proof, in one run on two CPU ranks.
 
-    python benchmarks/save.py [--repeat 5]
+    python benchmarks/save.py [--repeat 5] [--width 512] [--rank 128]
 
 Prints medians on rank 0: milliseconds of a resume checkpoint (adapter file, model part, optimizer, scheduler, random
-state), and of the parts that the patches add to it. The model is `adapter_step.py`'s with LoRA of rank 128 on all
-projections, 14 million parameters in the adapter, FSDP2, fp32.
+state), and of the parts that the patches add to it. The model is `adapter_step.py`'s of some width, with LoRA on all
+projections, FSDP2, fp32.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ PARTS = {
 }
 
 
-def lora(model):
-    """LoRA of rank 128 on all projections of a layer."""
+def lora(model, rank):
+    """LoRA on all projections of a layer."""
     from peft import LoraConfig, get_peft_model
 
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return get_peft_model(model, LoraConfig(r=128, target_modules=names))
+    return get_peft_model(model, LoraConfig(r=rank, target_modules=names))
 
 
 def timed(spent, name, function):
@@ -54,7 +54,7 @@ def timed(spent, name, function):
     return wrapper
 
 
-def measure(patched: bool, repeat: int, folder: str, rank: int) -> Outcome:
+def measure(patched: bool, repeat: int, width: int, lora_rank: int, folder: str, rank: int) -> Outcome:
     """Train a step and write checkpoints, in one of two ranks."""
     from transformers import Trainer
 
@@ -63,7 +63,8 @@ def measure(patched: bool, repeat: int, folder: str, rank: int) -> Outcome:
     spent = defaultdict(float)
     for name, (owner, function) in PARTS.items():
         setattr(owner, function, timed(spent, name, getattr(owner, function)))
-    trainer = Trainer(model=lora(adapter_step.base()), args=given, train_dataset=trial.dataset(trial.BATCH))
+    model = lora(adapter_step.base(width), lora_rank)
+    trainer = Trainer(model=model, args=given, train_dataset=trial.dataset(trial.BATCH))
     trainer.train()
     rows = []
     for _ in range(repeat):
@@ -72,34 +73,42 @@ def measure(patched: bool, repeat: int, folder: str, rank: int) -> Outcome:
         start = time.perf_counter()
         trainer._save_checkpoint(trainer.model, trial=None)
         rows.append({"checkpoint": time.perf_counter() - start, **spent})
-    return Outcome(extra={"rows": rows[1:]})
+    sizes = [0, 0]
+    for parameter in model.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    return Outcome(extra={"rows": rows[1:], "sizes": sizes})
 
 
 def main() -> None:
     """Run both sides in turn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=5)
-    repeat = parser.parse_args().repeat + 1
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=128)
+    given = parser.parse_args()
+    repeat = given.repeat + 1
     trial.TIMEOUT = 300.0
     checking.import_targets()
     medians = {}
     for patched in (False, True):
         with tempfile.TemporaryDirectory() as folder:
-            outcome = trial.launch(measure, patched, repeat, folder, ranks=2)[0]
+            outcome = trial.launch(measure, patched, repeat, given.width, given.rank, folder, ranks=2)[0]
         if outcome.error:
             raise SystemExit(outcome.error)
         names = {name: None for row in outcome.extra["rows"] for name in row}
         medians[patched] = {
             name: statistics.median(row.get(name, 0.0) for row in outcome.extra["rows"]) * 1e3 for name in names
         }
-    table = Table(title=f"medians of {repeat - 1} checkpoints, 2 gloo ranks", title_justify="left")
-    for column in ("part", "ms", "of the checkpoint"):
+    frozen, trained = (size / 1e6 for size in outcome.extra["sizes"])
+    title = f"medians of {repeat - 1} checkpoints, 2 gloo ranks; millions of parameters: {trained:.1f} of {frozen:.0f}"
+    table = Table(title=title, title_justify="left")
+    for column in ("part", "ms", "of stock's", "of the patched"):
         table.add_column(column)
     stock, whole = medians[False]["checkpoint"], medians[True]["checkpoint"]
-    table.add_row("checkpoint, stock -> patched", f"{stock:.0f} -> {whole:.0f}", f"{whole / stock:.2f} of stock")
-    for name in PARTS:
-        value = medians[True].get(name, 0.0)
-        table.add_row(name, f"{value:.1f}", f"{value / whole:.1%}")
+    table.add_row("checkpoint, stock -> patched", f"{stock:.0f} -> {whole:.0f}", f"{whole / stock:.1%}", "")
+    rows = {name: medians[True].get(name, 0.0) for name in PARTS}
+    for name, value in {**rows, "all of these": sum(rows.values())}.items():
+        table.add_row(name, f"{value:.1f}", f"{value / stock:.2%}", f"{value / whole:.1%}")
     Console(width=100).print(table)
 
 

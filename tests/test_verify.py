@@ -15,8 +15,8 @@ import torch
 from matrix import METHODS, Bench, Setup
 from safetensors.torch import load_file, save_file
 
-from trainer_fsdp_patch import cli, reading, repair, verify
-from trainer_fsdp_patch.errors import AdapterError
+from trainer_fsdp_patch import checkpoint, cli, reading, repair, verify
+from trainer_fsdp_patch.errors import AdapterError, TrainerFsdpPatchWarning
 
 LAYERS = "base_model.model.model.layers"
 
@@ -238,3 +238,11 @@ def test_merged_in_a_fresh_process(bench: Bench, trained: Path) -> None:
     assert "lora" not in ours.extra["names"]
     update = (theirs.extra["logits"] - none.extra["logits"]).norm()
     assert (ours.extra["logits"] - theirs.extra["logits"]).norm() / update < 1e-3
+
+
+def test_a_save_says_where_it_holds_one_ranks_rows() -> None:
+    """Files of a run that began with one rank's shard equal the live adapter, and are as dead as it was."""
+    weight = torch.zeros(8, 4)
+    weight[4:] = 1.0
+    with pytest.warns(TrainerFsdpPatchWarning, match="rows of rank 1 of 2 only"):
+        checkpoint.warn_of_shards({"layers.0.lora_B.weight": weight, "layers.1.lora_B.weight": torch.ones(8, 4)})

@@ -8,7 +8,7 @@ from typing import Any
 
 import wrapt
 
-from trainer_fsdp_patch import inventory, sync
+from trainer_fsdp_patch import inventory, sync, verify
 from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.inventory import canonical
 from trainer_fsdp_patch.prepared import Prepared, prepared_for
@@ -85,6 +85,8 @@ def state_dict(upstream: Callable[..., Any], accelerator: Any, model: Any, unwra
         prepared.liveness.refuse_unmoved()
     found = on_cpu(persistent(model, adapter))
     prove(inventory.bare(model), found, prepared)
+    if accelerator.is_main_process:
+        warn_of_shards(found)
     found.update(_embeddings(accelerator, model))
     return found
 
@@ -134,6 +136,17 @@ def refuse_dead(adapter: dict[str, Any]) -> None:
                 ),
                 tensor=name,
             )
+
+
+def warn_of_shards(found: dict[str, Any]) -> None:
+    """Say where an adapter has one rank's rows only: a run that began with such a file would hand it on."""
+    for key, _, text in verify.one_rank(found):
+        warn(
+            key,
+            text,
+            "It is written as it is, for that is what was trained",
+            "If the run began with a saved adapter, `python -m trainer_fsdp_patch verify` that one",
+        )
 
 
 def _embeddings(accelerator: Any, model: Any) -> dict[str, Any]:

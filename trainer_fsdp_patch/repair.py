@@ -99,7 +99,7 @@ def _renamed(tensors: dict[str, Any]) -> tuple[dict[str, Any], int]:
     result: dict[str, Any] = {}
     for key, tensor in tensors.items():
         name = canonical(key)
-        if name in result and not reading.bits(result[name]).equal(reading.bits(tensor)):
+        if name in result and not reading.same_bits(result[name], tensor):
             text = message(
                 name,
                 "two keys of the file name this tensor, with other values",

@@ -6,10 +6,14 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trainer_fsdp_patch import reading
 from trainer_fsdp_patch.errors import AdapterError, RankError, message
 
 if TYPE_CHECKING:
     import torch
+
+_ROW = 256
+"""Words of 8 bytes in a row of a fingerprint's table."""
 
 BUCKET_BYTES = 256 * 2**20
 """Largest flat buffer that one all-reduce gets, in bytes; small adapters fit into one."""
@@ -175,19 +179,21 @@ def anywhere(flag: bool, device: Any, what: str) -> bool:
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """Two sums over the bits of a tensor, plain and weighted by position: int64, shape [2]."""
+    """Two sums over the bits of a tensor, weighted by the place in a row and by the row: int64, shape [2].
+
+    Each is one pass at the speed of memory; both have to collide for a difference to stay unseen.
+    """
     import torch
 
-    stored = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if stored.storage_offset() % 8:
-        stored = stored.clone()
-    whole = stored.numel() // 8 * 8
-    total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    # In pieces, for a large tensor and its products would be twice its own memory; sums wrap around.
-    for index, piece in enumerate((*torch.split(stored[:whole].view(torch.int64), 2**20), stored[whole:])):
-        place = torch.arange(1 + index, 1 + index + piece.numel(), device=piece.device)
-        total += torch.stack([piece.sum(dtype=torch.int64), (piece * (2 * place + 1)).sum()])
-    return total
+    stored = reading.bits(tensor)
+    device, whole = tensor.device, len(stored) // (8 * _ROW) * 8 * _ROW
+    table, rest = stored[:whole].view(torch.int64).view(-1, _ROW), stored[whole:]
+    places = torch.arange(1, 2 * max(len(table), _ROW, len(rest)), 2, device=device)
+    end = (rest * places[: len(rest)]).sum()
+    # Sums wrap around. The rest counts in both, at weights of its own.
+    return torch.stack(
+        [(table.sum(0) * places[:_ROW]).sum() + end, (table.sum(1) * places[: len(table)]).sum() + 3 * end]
+    )
 
 
 def _buckets(tensors: Sequence[Any]) -> Iterator[list[Any]]:

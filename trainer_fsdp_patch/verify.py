@@ -104,7 +104,7 @@ def _file(file: Path, config: dict[str, Any]) -> Iterator[Finding]:
         return
     if not tensors:
         yield Finding(str(file), "", "empty", "it holds no tensor", _elsewhere(file.parent))
-    for check in (_names, _partial, _values, _one_rank):
+    for check in (_names, _partial, _values, one_rank):
         for key, fault, text in check(tensors):
             yield Finding(str(file), key, fault, text, fault == "wrapper-names")
     kind = str(config.get("peft_type", ""))
@@ -176,7 +176,7 @@ def _values(tensors: dict[str, Any]) -> Iterator[Fault]:
             yield dead[0], "zero", f"{len(dead)} of {len(keys)} tensors {kind} are zero: never trained, or lost"
 
 
-def _one_rank(tensors: dict[str, Any]) -> Iterator[Fault]:
+def one_rank(tensors: dict[str, Any]) -> Iterator[Fault]:
     """Matrices of which one rank's rows have values and all others are zero."""
     found = {key: shard for key, tensor in tensors.items() if (shard := _shard(tensor))}
     if found:

@@ -85,9 +85,7 @@ def equal(path: Path, values: dict[str, Any]) -> None:
     with safe_open(path, "pt") as file:
         wrong = sorted(set(file.keys()) ^ set(values))
         for key in () if wrong else values:
-            found, wanted = file.get_tensor(key), values[key].detach().cpu()
-            same = (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-            if not same or not reading.bits(found).equal(reading.bits(wanted)):
+            if not reading.same_bits(file.get_tensor(key), values[key].detach().cpu()):
                 wrong.append(key)
     if wrong:
         text = message(

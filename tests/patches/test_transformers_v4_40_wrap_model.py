@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import FLAVOURS, canary, equals_one_process, fault, fsdp2, packed, where
+from faults import FLAVOURS, added, canary, equals_one_process, fault, fsdp2, packed, takes_adapters, where
 from matrix import METHODS, Bench, Setup, has, trial
 
 from trainer_fsdp_patch.trial import Outcome
@@ -59,17 +59,10 @@ def test_norms_in_another_dtype_than_the_packed_weights(bench: Bench, tmp_path: 
     equals_one_process(bench, with_fp32_norms, setup, tmp_path)
 
 
-def added_by_transformers(model: Any) -> Any:
-    """An adapter without a PeftModel around the base."""
-    from peft import LoraConfig
-
-    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
-    return model
-
-
+@takes_adapters
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_an_adapter_that_transformers_added(bench: Bench, tmp_path: Path, fsdp: int) -> None:
-    equals_one_process(bench, added_by_transformers, Setup("added", fsdp=fsdp), tmp_path)
+    equals_one_process(bench, added, Setup("added", fsdp=fsdp), tmp_path)
 
 
 def apart(model: Any) -> Any:
