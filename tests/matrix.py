@@ -17,7 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import peft
-import torch
-from peft import get_peft_model
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from architectures import ARCHITECTURES, LLAMA, Architecture
+    from methods import METHODS, ON_ARCHITECTURES, ON_LLAMA
 
 from trainer_fsdp_patch import checking, trial, versions
 from trainer_fsdp_patch.trial import Outcome, Setup, Verdict
@@ -42,101 +43,86 @@ for _package in versions.NEWEST_TESTED:
         # `nox -s upcoming` finds out whether it can be called tested; strict patches would refuse it.
         versions.NEWEST_TESTED[_package] = str(versions.installed(_package))
 
-TARGETS = ["q_proj", "o_proj"]
-
-
-def _adapter(config: str, **settings: Any) -> Any:
-    """A configure function for `trial.run`, by the name of peft's configuration class."""
-
-    def configure(model: Any) -> Any:
-        return get_peft_model(model, getattr(peft, config)(target_modules=TARGETS, **settings))
-
-    return configure
-
-
-def _pvera(model: Any) -> Any:
-    """PVeRA with noise that depends on the position only, so that ranks can be compared with one process."""
-    from peft.tuners.pvera.layer import PveraLayer
-
-    def reparametrize(self: Any, mu: Any, logvar: Any, adapter_name: str) -> Any:
-        if not self.training:
-            return mu
-        return mu + torch.sin(torch.arange(mu.shape[-1])).to(mu) * torch.exp(0.5 * logvar)
-
-    PveraLayer._reparametrize = reparametrize
-    return _adapter("PveraConfig", r=8, projection_prng_key=1, d_initial=0.1)(model)
-
-
-CONFIGS = {
-    "randlora": "RandLoraConfig",
-    "vblora": "VBLoRAConfig",
-    "pvera": "PveraConfig",
-    "tinylora": "TinyLoraConfig",
-    "unilora": "UniLoraConfig",
-    "frod": "FrodConfig",
-}
-"""Configuration classes that not every supported peft has, by method."""
-
 
 def has(method: str) -> bool:
     """Whether the installed peft has a method; before 0.20 nothing can make PVeRA's noise the same on all ranks."""
     comparable = method != "pvera" or versions.at_least("peft", "0.20.0")
-    return comparable and hasattr(peft, CONFIGS.get(method, "LoraConfig"))
+    return comparable and METHODS[method].exists
 
 
-METHODS = {
-    "vera": _adapter("VeraConfig", r=8, projection_prng_key=1, d_initial=0.1),
-    "vera_noproj": _adapter("VeraConfig", r=8, projection_prng_key=1, d_initial=0.1, save_projection=False),
-    "pvera": _pvera,
-    "randlora": _adapter("RandLoraConfig", r=8, randlora_alpha=8),
-    "vblora": _adapter("VBLoRAConfig", r=4, num_vectors=16, vector_length=16),
-    "unilora": _adapter("UniLoraConfig", r=4, theta_d_length=64),
-    "tinylora": _adapter("TinyLoraConfig", r=2, u=8),
-    "frod": _adapter("FrodConfig", progressbar=False),
-    "lora": _adapter("LoraConfig", r=4),
-    "dora": _adapter("LoraConfig", r=4, use_dora=True),
+with_a_head = METHODS["lora_head"]
+
+_B16: dict[str, Any] = {"dtype": "bfloat16", "amp": "bf16"}
+_KINDS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"dtype": "bfloat16"},
+    "amp": {"amp": "bf16"},
+    "bf16+amp": _B16,
+    "4bit-uint8+amp": {**_B16, "storage": "uint8"},
+    "4bit-bf16+amp": {**_B16, "storage": "bfloat16"},
+    "4bit-fp32+amp": {"storage": "float32", "amp": "bf16"},
+    "8bit": {"dtype": "bfloat16", "storage": "8bit"},
+    "amp+accumulate": {"accumulation": 3, "checkpointing": True, "amp": "bf16"},
+    "clip+sgd": {"clip": 0.01, "optim": "sgd"},
+    "ac": {"activation_checkpointing": True},
+    "ram": {"ram_efficient": True},
+    "ram+amp": {"ram_efficient": True, "amp": "bf16"},
+    "size": {"wrap": "size"},
+    "no-wrap": {"wrap": "none"},
+    "3-ranks": {"ranks": 3, "batch": 6},
+    "hybrid": {"ranks": 4, "hybrid": True},
+    "fp16": {"dtype": "float16"},
+    "8bit+amp": {**_B16, "storage": "8bit"},
+    "4bit-uint8": {"dtype": "bfloat16", "storage": "uint8"},
+    "4bit-bf16": {"dtype": "bfloat16", "storage": "bfloat16"},
+    "4bit-fp16": {"dtype": "float16", "storage": "float16"},
+    "4bit-fp32": {"storage": "float32"},
+    "fp4-double": {**_B16, "storage": "uint8", "kind": "fp4-double"},
+    "nf4-double": {**_B16, "storage": "bfloat16", "kind": "nf4-double"},
+    "hqq": {"dtype": "bfloat16", "quantizer": "hqq"},
+    "gptq": {**_B16, "quantizer": "gptq"},
+    "gptq+ram": {**_B16, "quantizer": "gptq", "ram_efficient": True},
+    "torchao-int8": {**_B16, "quantizer": "torchao-int8"},
+    "torchao-int4": {**_B16, "quantizer": "torchao-int4"},
+    "quanto-int8": {**_B16, "quantizer": "quanto-int8"},
+    "quanto-int4": {**_B16, "quantizer": "quanto-int4"},
 }
+_TRAINING = ["fp32", "amp", "4bit-uint8+amp", "4bit-bf16+amp", "8bit", "amp+accumulate"]
+_LAYOUTS = ["no-wrap", "3-ranks", "hybrid"]
+_BASES = [name for name in list(_KINDS)[list(_KINDS).index("fp16") :] if name != "gptq+ram"]
 
-with_a_head = _adapter("LoraConfig", r=4, modules_to_save=["lm_head"])
 
-_KINDS = [
-    Setup("fp32"),
-    Setup("bf16", dtype="bfloat16"),
-    Setup("amp", amp="bf16"),
-    Setup("bf16+amp", dtype="bfloat16", amp="bf16"),
-    Setup("4bit-uint8", dtype="bfloat16", storage="uint8"),
-    Setup("4bit-uint8+amp", dtype="bfloat16", storage="uint8", amp="bf16"),
-    Setup("4bit-bf16", dtype="bfloat16", storage="bfloat16"),
-    Setup("4bit-bf16+amp", dtype="bfloat16", storage="bfloat16", amp="bf16"),
-    Setup("4bit-fp32", storage="float32"),
-    Setup("4bit-fp32+amp", storage="float32", amp="bf16"),
-    Setup("8bit", dtype="bfloat16", storage="8bit"),
-    Setup("8bit+amp", dtype="bfloat16", storage="8bit", amp="bf16"),
-    Setup("accumulate", accumulation=3, checkpointing=True),
-    Setup("amp+accumulate", accumulation=3, checkpointing=True, amp="bf16"),
-    Setup("clip+sgd", clip=0.01, optim="sgd"),
-    Setup("ac", activation_checkpointing=True),
+def _on(fsdp: str, *kinds: str) -> list[Setup]:
+    flavours = {"f1": {"fsdp": 1}, "f1-flat": {"fsdp": 1, "use_orig_params": False}, "f2": {"fsdp": 2}}
+    return [Setup(f"{fsdp} {kind}", **flavours[fsdp], **_KINDS[kind]) for kind in kinds]
+
+
+DDP = Setup("ddp fp32", fsdp=0)
+GROUPS: list[tuple[list[str], list[Setup]]] = [
+    (
+        list(ON_LLAMA),
+        [
+            *_on("f1", "bf16", *_TRAINING),
+            *_on("f1-flat", "clip+sgd"),
+            *_on("f2", "bf16+amp", "4bit-fp32+amp", "clip+sgd", "ac", "ram", "ram+amp", *_TRAINING),
+            DDP,
+        ],
+    ),
+    (list(ON_ARCHITECTURES), [*_on("f1", "fp32", "amp", "size"), *_on("f2", "fp32", "amp", "ram", "size")]),
+    (["vera", "lora", "lora_head", "trainable_tokens", "prefix"], [*_on("f1", *_LAYOUTS), *_on("f2", *_LAYOUTS)]),
+    (["vera", "lora", "ia3"], [*_on("f1", *_BASES), *_on("f2", "gptq+ram", *_BASES)]),
 ]
+"""Every method on a Llama, two or three methods on every other architecture, layout of ranks, and kind of base."""
+
+
+def cells() -> list[tuple[str, Setup]]:
+    """Every cell of the matrix, as method and set-up."""
+    return [(method, setup) for methods, setups in GROUPS for setup in setups for method in methods]
 
 
 def setups() -> list[Setup]:
-    """Every kind of base and training on FSDP1 with both values of use_orig_params, and on FSDP2."""
-    flavours: list[tuple[str, dict[str, Any]]] = [
-        ("f1", {"fsdp": 1}),
-        ("f1-flat", {"fsdp": 1, "use_orig_params": False}),
-        ("f2", {"fsdp": 2}),
-    ]
-    found = [
-        dataclasses.replace(kind, name=f"{flavour} {kind.name}", **changes)
-        for flavour, changes in flavours
-        for kind in _KINDS
-    ]
-    found += [
-        Setup("f2 ram", ram_efficient=True),
-        Setup("f2 ram+amp", ram_efficient=True, amp="bf16"),
-        Setup("ddp fp32", fsdp=0),
-    ]
-    return found
+    """Every set-up once."""
+    return list({setup.name: setup for _, setup in cells()}.values())
 
 
 def reference_of(setup: Setup) -> Setup:
@@ -148,6 +134,10 @@ def reference_of(setup: Setup) -> Setup:
         use_orig_params=True,
         ram_efficient=False,
         sharded=False,
+        wrap="",
+        ranks=1,
+        batch=setup.batch,
+        hybrid=False,
         checkpointing=setup.checkpointing or setup.activation_checkpointing,
         activation_checkpointing=False,
     )
@@ -158,19 +148,27 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.base = str(folder / "base")
-        child = multiprocessing.get_context("fork").Process(target=trial.tiny_base, args=(folder / "base",))
+        self.base = self.base_of(LLAMA)
+        self.reference = functools.cache(self._reference)
+
+    @functools.cache  # noqa: B019
+    def base_of(self, architecture: Architecture) -> str:
+        """Folder of an architecture's base model; the parent computes nothing, so that it can be forked."""
+        where = self.folder / "bases" / str(next(n for n, item in ARCHITECTURES.items() if item is architecture))
+        child = multiprocessing.get_context("fork").Process(target=architecture.write, args=(where,))
         child.start()
         child.join()
-        self.reference = functools.cache(self._reference)
+        return str(where)
 
     def _reference(self, method: str, setup: Setup) -> Outcome:
         where = self.folder / f"reference-{method}-{abs(hash(setup))}"
-        return trial.run(setup, METHODS[method], self.base, where, ranks=1, patched=False)
+        return trial.run(
+            setup, METHODS[method], self.base_of(METHODS[method].architecture), where, ranks=1, patched=False
+        )
 
     def cell(self, method: str, setup: Setup, *, patched: bool) -> tuple[Outcome, Verdict]:
         where = self.folder / f"{method}-{setup.name}-{patched}".replace(" ", "_")
-        outcome = trial.run(setup, METHODS[method], self.base, where, patched=patched)
+        outcome = trial.run(setup, METHODS[method], self.base_of(METHODS[method].architecture), where, patched=patched)
         return outcome, trial.compare(outcome, self.reference(method, reference_of(setup)), setup)
 
     def resumed(self, configure: Callable[[Any], Any], setup: Setup, name: str, *, patched: bool) -> str:
@@ -214,32 +212,50 @@ def main() -> int:
     parser.add_argument("--no-stock", action="store_true", help="leave the unpatched side out")
     parser.add_argument("--json", help="write one row for each cell to this file")
     given = parser.parse_args()
-    cells = [(method, setup) for setup in setups() for method in METHODS if given.only in f"{method} {setup.name}"]
-    counts: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
+    # Stock runs that hang do so for ever; a cell takes about a second.
+    trial.TIMEOUT = 10.0
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        for method, setup in cells:
-            missing = bench.has_reference(method, setup)
-            row: dict[str, Any] = {"method": method, "setup": setup.name, "reference": missing or "ok"}
-            for patched in [True] if given.no_stock else [False, True]:
-                if missing:
-                    counts[patched]["no reference"] += 1
-                    continue
-                _, verdict = bench.cell(method, setup, patched=patched)
-                counts[patched]["right" if verdict.right else "wrong"] += 1
-                row["patched" if patched else "stock"] = {"error": verdict.error, "worst": verdict.worst}
-                if patched and not verdict.right:
-                    print(f"WRONG {method} {setup.name}: {verdict.error}", flush=True)
-            if missing:
-                print(f"no reference {method} {setup.name}: {missing[:110]}", flush=True)
-            rows.append(row)
+        for method, setup in cells():
+            if given.only in f"{method} {setup.name}":
+                rows.append(measure(bench, method, setup, sides=SIDES[1:] if given.no_stock else SIDES))
     if given.json:
-        Path(given.json).write_text(json.dumps(rows, indent=1) + "\n")
-    for patched, count in counts.items():
-        total = sum(count.values())
-        print(f"{'patched' if patched else 'stock':8} {total} cells:", ", ".join(f"{n} {k}" for k, n in count.items()))
-    return int(counts[True]["wrong"] > 0)
+        Path(given.json).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    found = {}
+    for side in SIDES[1:] if given.no_stock else SIDES:
+        found[side] = Counter(state(row, side) for row in rows)
+        counts = ", ".join(f"{found[side][name]} {name}" for name in STATES)
+        print(f"{side:8} {len(rows)} cells: {counts}")
+    return int(found["patched"]["wrong"] > 0)
+
+
+SIDES = ("stock", "patched")
+STATES = ("right", "refused", "wrong", "no reference")
+
+
+def measure(bench: Bench, method: str, setup: Setup, *, sides: Sequence[str] = SIDES) -> dict[str, str]:
+    """One cell: for each side "" or what is wrong, or why there is no reference to compare with."""
+    row = {"method": method, "setup": setup.name}
+    missing = bench.has_reference(method, setup)
+    if missing:
+        print(f"no reference {method} {setup.name}: {missing[:110]}", flush=True)
+        return {**row, "reference": missing}
+    for side in sides:
+        _, verdict = bench.cell(method, setup, patched=side == "patched")
+        row[side] = verdict.error
+    if state(row, "patched") in ("wrong", "refused"):
+        print(f"{state(row, 'patched').upper()} {method} {setup.name}: {row['patched']}", flush=True)
+    return row
+
+
+def state(row: dict[str, str], side: str) -> str:
+    """One of STATES."""
+    if "reference" in row:
+        return "no reference"
+    if row[side].startswith("PlanError"):
+        return "refused"
+    return "wrong" if row[side] else "right"
 
 
 if __name__ == "__main__":

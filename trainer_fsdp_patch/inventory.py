@@ -28,8 +28,10 @@ class Tensor:
         role: adapter (trainable), projection (frozen tensor that the adapter owns), quantized (base
             weight that is not plain floating point) or base.
         module: canonical name of the module that holds it under `name`.
-        shape: of the whole tensor; dtype: as stored; nbytes: of the whole tensor.
+        shape: of the whole tensor; nbytes: of the whole tensor.
+        dtype: as stored; the class of a tensor that only looks like floating point, such as torchao's.
         trainable: whether it requires a gradient; owned: whether it sits in a module of the adapter.
+        persistent: whether state dicts have it, as they have all parameters.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Tensor:
     nbytes: int
     trainable: bool
     owned: bool
+    persistent: bool
 
 
 def has_adapter(model: Any) -> bool:
@@ -81,9 +84,11 @@ def named_tensors(model: Any) -> Iterator[tuple[str, str, str, Any, Any, bool]]:
     of several others comes once, under its first name.
     """
     seen = set()
-    pending = [("", model, False)]
-    while pending:
-        prefix, module, owned = pending.pop(0)
+    # What the base reaches comes first: an adapter may refer to a base module, as prompt learning does to embeddings.
+    pending: dict[bool, list[tuple[str, Any]]] = {False: [("", model)], True: []}
+    while pending[False] or pending[True]:
+        owned = not pending[False]
+        prefix, module = pending[owned].pop(0)
         if id(module) in seen:
             continue
         seen.add(id(module))
@@ -95,12 +100,17 @@ def named_tensors(model: Any) -> Iterator[tuple[str, str, str, Any, Any, bool]]:
         for key, child in module._modules.items():
             if child is not None:
                 inside = owned if base is None else key != base
-                pending.append((f"{prefix}.{key}".lstrip("."), child, inside))
+                pending[inside].append((f"{prefix}.{key}".lstrip("."), child))
 
 
 def _base_child(module: Any) -> str | None:
     """Child through which a PEFT container reaches the base model; all else in it is the adapter's."""
-    return next((child for container, child in _containers() if isinstance(module, container)), None)
+    found = next((child for container, child in _containers() if isinstance(module, container)), None)
+    if found is not None and found not in module._modules:
+        # X-LoRA keeps the tuner that it builds on where others keep the base.
+        tuner = _containers()[1][0]
+        found = next((key for key, child in module._modules.items() if isinstance(child, tuner)), found)
+    return found
 
 
 @functools.cache
@@ -117,6 +127,16 @@ def _containers() -> tuple[tuple[type, str], ...]:
         (BaseTunerLayer, "base_layer"),
         (auxiliary, "original_module"),
     )
+
+
+def tuner_classes(model: Any) -> tuple[set[type], set[type]]:
+    """Classes of the adapted layers in a model, and of the tuners around it."""
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+
+    layers, tuners = (
+        {type(module) for module in model.modules() if isinstance(module, kind)} for kind in (BaseTunerLayer, BaseTuner)
+    )
+    return layers, tuners
 
 
 def is_wrapper(module: Any) -> bool:
@@ -151,9 +171,23 @@ def dtensor() -> Any:
 
 def is_quantized(tensor: Any) -> bool:
     """Whether a frozen parameter stores something else than plain floating-point numbers."""
-    if hasattr(tensor, "quant_state") or hasattr(tensor, "SCB"):
+    if hasattr(tensor, "quant_state") or hasattr(tensor, "SCB") or _parts(tensor):
         return True
     return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _parts(tensor: Any) -> list[Any]:
+    """Tensors that a tensor subclass keeps in place of plain numbers; FSDP's own class is none of these."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    data = tensor.data
+    if isinstance(data, dtensor()) or not is_traceable_wrapper_subclass(data):
+        return []
+    return [getattr(data, name) for name in data.__tensor_flatten__()[0]]
+
+
+def _nbytes(tensor: Any) -> int:
+    return sum(map(_nbytes, _parts(tensor))) or tensor.numel() * tensor.element_size()
 
 
 def take(model: Any) -> list[Tensor]:
@@ -168,15 +202,23 @@ def take(model: Any) -> list[Tensor]:
     names: dict[int, list[str]] = {}
     first: dict[int, tuple[str, Any, Any]] = {}
     owned: dict[int, bool] = {}
-    packed = set()
-    for name, kind, _, module, tensor, belongs in named_tensors(model):
+    packed, persistent = set(), set()
+    for name, kind, key, module, tensor, belongs in named_tensors(model):
+        persistent.update([id(tensor)] if key not in module._non_persistent_buffers_set else [])
         names.setdefault(id(tensor), []).append(name)
         first.setdefault(id(tensor), (kind, module, tensor))
         owned[id(tensor)] = owned.get(id(tensor), True) and belongs
         if kind == "parameter" and not tensor.requires_grad and not belongs and is_quantized(tensor):
             packed.add(id(module))
     return [
-        _entry(names[key], kind, _role(tensor, owned[key], kind, id(module) in packed), tensor, owned[key])
+        _entry(
+            names[key],
+            kind,
+            _role(tensor, owned[key], kind, id(module) in packed),
+            tensor,
+            owned[key],
+            key in persistent,
+        )
         for key, (kind, module, tensor) in first.items()
     ]
 
@@ -189,7 +231,7 @@ def _role(tensor: Any, owned: bool, kind: str, packed: bool) -> str:
     return QUANTIZED if packed else BASE
 
 
-def _entry(names: list[str], kind: str, role: str, tensor: Any, owned: bool) -> Tensor:
+def _entry(names: list[str], kind: str, role: str, tensor: Any, owned: bool, persistent: bool) -> Tensor:
     return Tensor(
         name=names[0],
         names=tuple(names),
@@ -197,8 +239,9 @@ def _entry(names: list[str], kind: str, role: str, tensor: Any, owned: bool) -> 
         role=role,
         module=names[0].rpartition(".")[0],
         shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        nbytes=tensor.numel() * tensor.element_size(),
+        dtype=type(tensor.data).__name__ if _parts(tensor) else str(tensor.dtype).removeprefix("torch."),
+        nbytes=_nbytes(tensor),
         trainable=bool(tensor.requires_grad),
         owned=owned,
+        persistent=persistent,
     )

@@ -36,6 +36,31 @@ def beside(layer: Any, x: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def as_buffer(layer: Any, name: str) -> Iterator[None]:
+    """Show the plain tensor that FSDP1 has put in place of a parameter as a buffer.
+
+    Args:
+        layer: a module.
+        name: of its parameter; nothing happens where it still is one.
+    """
+    gathered = vars(layer).get(name)
+    places = [place for place in (vars(layer), layer._parameters) if name in place]
+    if gathered is None:
+        yield
+        return
+    for place in places:
+        del place[name]
+    # Parametrizing writes the tensor onto itself; an alias with a version of its own spares autograd that write.
+    layer._buffers[name] = gathered.data
+    try:
+        yield
+    finally:
+        layer._buffers.pop(name, None)
+        for place in places:
+            place[name] = gathered
+
+
 def shard_for_tp(upstream: Callable[..., Any], model: Any, state_dict: Any, adapter_name: str) -> Any:
     """Shard loaded tensors where transformers split the base's layers, and leave them alone elsewhere."""
     parts = (getattr(module, "_hf_tp_plan", None) for module in model.modules())

@@ -26,8 +26,9 @@ class Placement:
 
     @property
     def set_aside(self) -> bool:
-        """Whether the tensor has to be kept out of FSDP's hands; base buffers are left to it."""
-        return self.placement == REPLICATE and not (self.tensor.role == BASE and self.tensor.kind == "buffer")
+        """Whether the tensor has to be kept out of FSDP's hands; base buffers that no state dict has are left to it."""
+        buffer = self.tensor.role == BASE and self.tensor.kind == "buffer"
+        return self.placement == REPLICATE and not (buffer and not self.tensor.persistent)
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def make_plan(
     ignored_modules: str | Iterable[Any] | None = None,
     param_dtype: str | None = None,
     units: Iterable[str] | None = None,
+    by_size: bool = False,
 ) -> Plan:
     """Plan for one model; the model is read and not changed.
 
@@ -94,6 +96,7 @@ def make_plan(
         ignored_modules: the user's own, modules or a regular expression of their full names.
         param_dtype: the user's own dtype for units, such as "bfloat16"; None is what mixed_precision gives.
         units: class names of the modules that become FSDP units; None is the model's `_no_split_modules`.
+        by_size: whether units go by size instead, so that any two modules may be in different ones.
 
     Returns:
         The plan.
@@ -105,7 +108,9 @@ def make_plan(
     _known("fsdp_version", fsdp_version, {1: None, 2: None})
     tensors = inventory.take(model)
     users = user_ignored(model, ignored_modules)
-    odd = odd_dtypes(model, tensors, units) if fsdp_version == 1 else {}
+    roots = _roots(model, units)
+    odd = odd_dtypes(tensors, roots) if fsdp_version == 1 else {}
+    odd |= shared_by_units(tensors, roots, apart=by_size and fsdp_version == 1)
     placements = tuple(_place(tensor, users, odd, fsdp_version) for tensor in tensors)
     if not any(item.placement == SHARD for item in placements):
         raise PlanError(
@@ -223,18 +228,38 @@ def _refuse_ignored(found: str) -> NoReturn:
     )
 
 
-def odd_dtypes(model: Any, tensors: list[Tensor], units: Iterable[str] | None) -> dict[str, str]:
+def _roots(model: Any, units: Iterable[str] | None) -> list[str]:
+    """Names of the modules that become FSDP units, the root aside; nested ones are listed too."""
+    classes = set(units if units is not None else getattr(model, "_no_split_modules", None) or ())
+    return [inventory.canonical(name) for name, module in model.named_modules() if type(module).__name__ in classes]
+
+
+def _unit(name: str, roots: list[str]) -> str:
+    return max((root for root in roots if name.startswith(f"{root}.")), key=len, default="")
+
+
+def shared_by_units(tensors: list[Tensor], roots: list[str], *, apart: bool) -> dict[str, str]:
+    """Frozen parameters that several FSDP units share, as LoRA's layer_replication has them, with the reason.
+
+    With `apart`, any two modules may be in different units; FSDP2 is spared such units where they are made.
+    """
+    shared = {}
+    for tensor in tensors:
+        found = sorted({name.rpartition(".")[0] if apart else _unit(name, roots) for name in tensor.names})
+        if len(found) > 1 and tensor.kind == "parameter":
+            shared[tensor.name] = f"shared by {len(found)} units, such as {found[0] or 'the root'} and {found[1]}"
+    return shared
+
+
+def odd_dtypes(tensors: list[Tensor], roots: list[str]) -> dict[str, str]:
     """Frozen parameters whose dtype is not the prevailing one of their FSDP1 unit, with the reason.
 
     FSDP1 flattens a unit into one tensor, so it takes one dtype only; the smaller part stays whole.
     """
-    classes = set(units if units is not None else getattr(model, "_no_split_modules", None) or ())
-    roots = [inventory.canonical(name) for name, module in model.named_modules() if type(module).__name__ in classes]
     groups: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.kind == "parameter" and tensor.role in (BASE, QUANTIZED) and shardable(tensor):
-            above = [root for root in roots if tensor.name.startswith(f"{root}.")]
-            groups.setdefault(max(above, key=len, default=""), []).append(tensor)
+            groups.setdefault(_unit(tensor.name, roots), []).append(tensor)
     odd = {}
     for unit, members in groups.items():
         sizes: Counter[str] = Counter()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 from typing import TYPE_CHECKING, Any
 
-from trainer_fsdp_patch import planning
+from trainer_fsdp_patch import inventory, planning
 from trainer_fsdp_patch.errors import PlanError, message, warn
 from trainer_fsdp_patch.prepared import Prepared
 
@@ -95,6 +96,13 @@ def unit_classes(plugin: Any) -> Any:
     return [item.__name__ for item in classes] if classes else names
 
 
+def by_size(plugin: Any) -> bool:
+    """Whether units go by size."""
+    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+
+    return getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is size_based_auto_wrap_policy
+
+
 def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
     """Plan from accelerate's plugin.
 
@@ -116,6 +124,7 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
         ignored_modules=user_ignored(plugin),
         param_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         units=unit_classes(plugin),
+        by_size=by_size(plugin),
     )
     buffers = getattr(policy, "buffer_dtype", None)
     for item in plan.set_aside:
@@ -139,6 +148,7 @@ def set_flags(prepared: Prepared, plugin: Any, explicit: Any) -> None:
     import torch
 
     plan = prepared.plan
+    _name_units(prepared.model(), plugin)
     policy = plugin.mixed_precision_policy
     if policy is not None and explicit is None:
         dtype = None if plan.param_dtype is None else getattr(torch, plan.param_dtype)
@@ -148,9 +158,43 @@ def set_flags(prepared: Prepared, plugin: Any, explicit: Any) -> None:
         plugin.mixed_precision_policy = policy
         setattr(plugin, _POLICY, policy)
     if plan.fsdp_version == 1:
+        _size_whole_layers(prepared.model(), plugin)
         users = user_ignored(plugin)
         plugin.ignored_modules = _ignored(prepared)
         setattr(plugin, _IGNORED, (plugin.ignored_modules, users))
+
+
+def _name_units(model: Any, plugin: Any) -> None:
+    """Name the model's own unit classes where some are not in it, such as a vision model's text layers.
+
+    accelerate looks for each of `_no_split_modules`, and fails on the first that is absent.
+    """
+    names = list(getattr(model, "_no_split_modules", None) or ())
+    if unit_classes(plugin) is not None or not hasattr(plugin, "transformer_cls_names_to_wrap"):
+        return
+    here = {type(module).__name__ for module in model.modules()}
+    present = [name for name in names if name in here]
+    if present and len(present) < len(names):
+        plugin.transformer_cls_names_to_wrap = present
+
+
+def _size_whole_layers(model: Any, plugin: Any) -> None:
+    """Have FSDP1 take an adapted layer into one unit, where units go by size.
+
+    Adapters read the weights of the layer that they adapt outside its forward, and peft goes past its tuner's.
+    """
+    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+
+    if plugin.auto_wrap_policy is not size_based_auto_wrap_policy or not plugin.min_num_params:
+        return
+    policy: Any = size_based_auto_wrap_policy
+    layers, tuners = inventory.tuner_classes(model)
+    plugin.auto_wrap_policy = functools.partial(
+        policy,
+        min_num_params=plugin.min_num_params,
+        force_leaf_modules=policy.FORCE_LEAF_MODULES | layers,
+        exclude_wrap_modules=policy.EXCLUDE_WRAP_MODULES | tuners,
+    )
 
 
 def _ignored(prepared: Prepared) -> list[Any]:

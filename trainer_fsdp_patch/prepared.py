@@ -7,8 +7,8 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer_fsdp_patch import inventory, sync
-from trainer_fsdp_patch.errors import AdapterError, PlanError, message
+from trainer_fsdp_patch import inventory, sync, units
+from trainer_fsdp_patch.errors import AdapterError, message
 from trainer_fsdp_patch.liveness import Liveness
 from trainer_fsdp_patch.shadowing import shadowed
 
@@ -172,25 +172,11 @@ def set_aside(model: Any) -> Iterator[None]:
             hidden.append((slots, key, tensor))
             slots[key] = None
     try:
-        with shadowed(model, **_one_unit_for_tied_embeddings(model)):
+        with units.chosen(model):
             yield
     finally:
         for slots, key, tensor in hidden:
             slots[key] = tensor
-
-
-def _one_unit_for_tied_embeddings(model: Any) -> dict[str, Any]:
-    """Getters that hide tied embeddings below PEFT's wrappers, which accelerate would put into two units.
-
-    It compares the weights that the wrappers show; the base weights behind them go to the root unit then.
-    """
-    getters = ("get_input_embeddings", "get_output_embeddings")
-    layers = [getattr(model, getter, lambda: None)() for getter in getters]
-    wrapped = any(inventory.is_wrapper(layer) for layer in layers)
-    weights = [getattr(getattr(layer, "original_module", layer), "weight", None) for layer in layers]
-    if not wrapped or weights[0] is None or weights[0] is not weights[1]:
-        return {}
-    return {getter: lambda: None for getter in getters}
 
 
 @contextlib.contextmanager
@@ -210,38 +196,4 @@ def keep_dtype(model: Any) -> Iterator[None]:
         return model if isinstance(target, torch.dtype) else upstream(target)
 
     with shadowed(model, to=to):
-        yield
-
-
-@contextlib.contextmanager
-def known_arguments(model: Any) -> Iterator[None]:
-    """Spare torch before 2.7 the `ignored_params` that accelerate 1.11 and 1.12 hand it, empty or not.
-
-    https://github.com/huggingface/accelerate/pull/3924
-
-    Raises:
-        PlanError: they are a user's, and this torch cannot ignore anything.
-    """
-    import inspect
-
-    from torch.distributed import fsdp
-
-    upstream: Any = vars(fsdp)["fully_shard"]
-    takes = inspect.signature(upstream).parameters
-    if "ignored_params" in takes or prepared_for(model) is None:
-        yield
-        return
-
-    def fully_shard(*args: Any, ignored_params: Any = None, **kwargs: Any) -> Any:
-        if ignored_params:
-            text = message(
-                "ignored_modules",
-                "given for FSDP2 on a torch that cannot ignore parameters",
-                "They would be sharded against your setting",
-                "Use torch 2.7 or newer, or leave ignored_modules out",
-            )
-            raise PlanError(text, setting="ignored_modules")
-        return upstream(*args, **kwargs)
-
-    with shadowed(fsdp, fully_shard=fully_shard):
         yield

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from trainer_fsdp_patch.trial import Setup
 
 
+_POLICIES = {"": "TRANSFORMER_BASED_WRAP", "size": "SIZE_BASED_WRAP", "none": "NO_WRAP"}
+
+
 def dtype_argument() -> str:
     """Name of the argument of `from_pretrained` that takes a dtype."""
     return "dtype" if at_least("transformers", "4.56.0") else "torch_dtype"
@@ -76,10 +79,23 @@ def fsdp(setup: Setup) -> dict[str, Any]:
         config["version"] = setup.fsdp
     else:
         os.environ["FSDP_VERSION"] = str(setup.fsdp)
+    if setup.wrap or setup.hybrid:
+        assert at_least("transformers", "5.10.0"), "older releases are asked for these in other ways"
+        config |= {"auto_wrap_policy": _POLICIES[setup.wrap], "min_num_params": 4000 if setup.wrap == "size" else 0}
+        config |= {"reshard_after_forward": "hybrid_shard"} if setup.hybrid and setup.fsdp == 1 else {}
     if at_least("transformers", "5.10.0"):
         return {"fsdp": True, "fsdp_config": {**config, "state_dict_type": state_dict_type(setup)}}
     os.environ["FSDP_STATE_DICT_TYPE"] = state_dict_type(setup)
     return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
+
+
+def replicas(setup: Setup) -> dict[str, Any]:
+    """TrainingArguments for pairs of ranks that hold a replica of the base each, under FSDP2."""
+    if not setup.hybrid or setup.fsdp != 2:
+        return {}
+    from accelerate.parallelism_config import ParallelismConfig
+
+    return {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=setup.ranks // 2)}
 
 
 def environment() -> None:

@@ -34,12 +34,17 @@ class Setup:
         name: for tables.
         fsdp: version of FSDP; 0 is DDP.
         dtype: of the base model; amp: mixed precision, "no" or "bf16".
-        storage: "" for an unquantized base, "8bit", or the quant_storage of a 4-bit one.
+        storage: "" for an unquantized base, "8bit", or the quant_storage of a 4-bit one by bitsandbytes.
+        kind: of the latter, "nf4" or "fp4", with "double" for quantized constants.
+        quantizer: another one than bitsandbytes, for the tests' own loader.
         use_orig_params, activation_checkpointing, ram_efficient: of FSDP.
         sharded: whether checkpoints are SHARDED_STATE_DICT.
         accumulation, checkpointing, clip, optim: of the Trainer; clip is max_grad_norm.
         save_steps: a resume checkpoint is written after so many steps; 0 is never.
         resume: resume checkpoint to start from, or "".
+        micro: number of parts in which one process takes a batch, as ranks would.
+        wrap: "" for units by class, "size" or "none".
+        ranks: number of them; batch: rows of the global batch; hybrid: whether pairs of ranks hold the base each.
     """
 
     name: str
@@ -57,10 +62,17 @@ class Setup:
     optim: str = "adamw_torch"
     save_steps: int = 0
     resume: str = ""
+    micro: int = 1
+    wrap: str = ""
+    ranks: int = 2
+    batch: int = 0
+    hybrid: bool = False
+    kind: str = "nf4"
+    quantizer: str = ""
 
     @property
     def tolerance(self) -> float:
-        low = "bfloat16" in (self.dtype, self.storage) or self.amp == "bf16"
+        low = not {"bfloat16", "float16"}.isdisjoint((self.dtype, self.storage)) or self.amp == "bf16"
         return TOLERANCE["bfloat16" if low else "float32"]
 
 
@@ -115,12 +127,18 @@ def tiny_base(folder: Path) -> str:
     return str(folder)
 
 
-def load_base(folder: str, setup: Setup) -> Any:
-    """Load the base as a user would, quantized where the setup says so."""
+def load_base(folder: str, setup: Setup, kind: Any = None, quantization: Any = None) -> Any:
+    """Load the base as a user would, quantized where the setup says so.
+
+    Args:
+        folder: of the base.
+        setup: the case.
+        kind: class of the model; None is AutoModelForCausalLM.
+        quantization: a configuration of another quantizer.
+    """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quantization = None
     if setup.storage:
         cpu.allow_packed_weights()
     if setup.storage == "8bit":
@@ -128,11 +146,12 @@ def load_base(folder: str, setup: Setup) -> Any:
     elif setup.storage:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
+            bnb_4bit_quant_type=setup.kind[:3],
+            bnb_4bit_use_double_quant="double" in setup.kind,
             bnb_4bit_compute_dtype=torch.bfloat16 if setup.amp == "bf16" else getattr(torch, setup.dtype),
             bnb_4bit_quant_storage=getattr(torch, setup.storage),
         )
-    model = AutoModelForCausalLM.from_pretrained(
+    model = (kind or AutoModelForCausalLM).from_pretrained(
         folder,
         quantization_config=quantization,
         attn_implementation="eager",
@@ -154,8 +173,13 @@ def nudge(model: Any) -> None:
             parameter.data.add_(noise.to(parameter))
 
 
-def dataset(size: int) -> list[dict[str, Any]]:
-    """Random token sequences; the number of labelled tokens differs where the release accounts for that."""
+def dataset(size: int, *, even: bool = False) -> list[dict[str, Any]]:
+    """Random token sequences; the number of labelled tokens differs where the release accounts for that.
+
+    Args:
+        size: number of rows.
+        even: whether all rows have the same number of labelled tokens.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -163,7 +187,7 @@ def dataset(size: int) -> list[dict[str, Any]]:
     for index in range(size):
         ids = torch.randint(0, VOCABULARY, (LENGTH,), generator=generator)
         labels = ids.clone()
-        labels[: index % 5 if stack.normalises_over_ranks() else 1] = -100
+        labels[: index % 5 if stack.normalises_over_ranks() and not even else 1] = -100
         rows.append({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
     return rows
 
@@ -177,8 +201,8 @@ def arguments(setup: Setup, folder: str, ranks: int) -> Any:
     checkpointing = setup.checkpointing or (setup.activation_checkpointing and not distributed)
     return TrainingArguments(
         output_dir=folder,
-        per_device_train_batch_size=BATCH // ranks,
-        gradient_accumulation_steps=setup.accumulation,
+        per_device_train_batch_size=(setup.batch or BATCH) // ranks // setup.micro,
+        gradient_accumulation_steps=setup.accumulation * setup.micro,
         max_steps=STEPS,
         learning_rate=1e-2,
         # With the default, Adam steps by the sign of the gradient: a wrong scale would not show, and where
@@ -200,6 +224,7 @@ def arguments(setup: Setup, folder: str, ranks: int) -> Any:
         seed=0,
         **stack.tokens(),
         **distributed,
+        **(stack.replicas(setup) if distributed else {}),
     )
 
 
@@ -226,7 +251,10 @@ def train(
 
     Args:
         setup: the case.
-        configure: takes the base model, returns the PEFT model.
+        configure: takes the base model, returns the PEFT model. Where it has them, these attributes are heeded: `load`
+            and `dataset` in place of this module's, `rows` (columns that the data has beside the model's), `even`
+            (its loss ignores the Trainer's count of tokens) and `micro` (its forward mixes the rows of a batch, so
+            that one process takes a batch in two parts).
         base: folder of the base model.
         folder: where the adapter is written.
         ranks: number of processes.
@@ -236,15 +264,20 @@ def train(
     import torch
     import transformers
 
+    if getattr(configure, "micro", False) and ranks == 1:
+        setup = dataclasses.replace(setup, micro=2)
     given = enter(setup, folder, ranks, patched=patched)
+    given.remove_unused_columns = not getattr(configure, "rows", {})
+    if getattr(configure, "even", False):
+        given.average_tokens_across_devices = False
     torch.manual_seed(0)
-    model = configure(load_base(base, setup))
+    model = configure(getattr(configure, "load", load_base)(base, setup))
     nudge(model)
     recorder = _recorder()
     trainer = recorder.trainer(
         model=model,
         args=given,
-        train_dataset=dataset(STEPS * BATCH * setup.accumulation),
+        train_dataset=getattr(configure, "dataset", dataset)(STEPS * (setup.batch or BATCH) * setup.accumulation),
         callbacks=[recorder],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -408,9 +441,10 @@ def _child(
 
 
 def run(
-    setup: Setup, configure: Callable[[Any], Any], base: str, folder: Path, *, ranks: int = 2, patched: bool = True
+    setup: Setup, configure: Callable[[Any], Any], base: str, folder: Path, *, ranks: int = 0, patched: bool = True
 ) -> Outcome:
-    """Train one case on forked ranks; losses are averaged over them."""
+    """Train one case on forked ranks, the set-up's where no number is given; losses are averaged over them."""
+    ranks = ranks or setup.ranks
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = launch(train, setup, configure, base, str(folder), ranks, patched, ranks=ranks)
     failed = [outcome for outcome in outcomes if outcome.error]

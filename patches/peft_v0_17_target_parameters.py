@@ -1,0 +1,20 @@
+"""Lets LoRA adapt parameters, such as a layer of experts, that FSDP1 shows as plain tensors in the forward.
+
+Upstream: https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import placing
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="peft>=0.17.dev0", target="peft.tuners.lora.layer")
+
+
+@patch.wrap("ParamWrapper.forward", "self", "x", "args", "kwargs")
+def adapt_a_sharded_parameter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Show the gathered tensor as a buffer during the forward: torch parametrizes parameters and buffers only."""
+    with placing.as_buffer(instance.get_base_layer(), instance.parameter_name):
+        return wrapped(*args, **kwargs)

@@ -1,0 +1,78 @@
+"""Quantized bases beside bitsandbytes' own: how each is loaded, on layers of the same layout where it needs a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer_fsdp_patch import trial
+from trainer_fsdp_patch.trial import Setup
+
+GROUP = 32
+LAYERS = ("q_proj", "o_proj", "gate_proj")
+
+
+def _torchao(setup: Setup) -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    four = IntxWeightOnlyConfig(weight_dtype=torch.int4)
+    return TorchAoConfig(four if setup.quantizer.endswith("int4") else Int8WeightOnlyConfig())
+
+
+def _quanto(setup: Setup) -> Any:
+    from transformers import QuantoConfig
+
+    return QuantoConfig(weights=setup.quantizer.rpartition("-")[2])
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer in the layout of GPTQ and AWQ: buffers with eight 4-bit weights a word, scales and zeros."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        del self.weight
+        groups = layer.weight.detach().float().reshape(layer.out_features, -1, GROUP)
+        zeros = groups.amin(-1, keepdim=True)
+        scales = ((groups.amax(-1, keepdim=True) - zeros) / 15).clamp(min=1e-8)
+        codes = ((groups - zeros) / scales).round().to(torch.int32).reshape(layer.out_features, -1, 8)
+        self.register_buffer("qweight", (codes << (4 * torch.arange(8, dtype=torch.int32))).sum(-1, dtype=torch.int32))
+        self.register_buffer("scales", scales.half())
+        self.register_buffer("zeros", zeros.half())
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        codes = (self.qweight.unsqueeze(-1) >> (4 * torch.arange(8, dtype=torch.int32))) & 15
+        groups = codes.reshape(self.out_features, -1, GROUP)
+        return (groups * self.scales.float() + self.zeros.float()).reshape(self.out_features, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+def _hqq(layer: nn.Linear) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=4, group_size=GROUP)
+    return HQQLinear(layer, config, compute_dtype=layer.weight.dtype, device="cpu")  # type: ignore[no-untyped-call]
+
+
+CONFIGURED: dict[str, Callable[[Setup], Any]] = {"torchao": _torchao, "quanto": _quanto}
+REPLACED: dict[str, Callable[[nn.Linear], nn.Module]] = {"gptq": PackedLinear, "hqq": _hqq}
+"""Those that transformers loads, and those whose layers are put in place here: it has none for HQQ (5.24)."""
+
+
+def load(folder: str, setup: Setup, kind: Any) -> Any:
+    """Load a base as its set-up has it quantized."""
+    name = setup.quantizer.partition("-")[0]
+    quantization = CONFIGURED[name](setup) if name in CONFIGURED else None
+    model = trial.load_base(folder, setup, kind, quantization)
+    if name in REPLACED:
+        for module in list(model.modules()):
+            for key, child in list(module.named_children()):
+                if key in LAYERS:
+                    setattr(module, key, REPLACED[name](child))
+    return model

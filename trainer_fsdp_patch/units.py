@@ -1,0 +1,128 @@
+"""What becomes a unit of FSDP2: accelerate asks for more than torch can give it, and both fail on what is shared."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from trainer_fsdp_patch import inventory
+from trainer_fsdp_patch.errors import PlanError, message
+from trainer_fsdp_patch.shadowing import shadowed
+
+
+@contextlib.contextmanager
+def chosen(model: Any) -> Iterator[None]:
+    """Around accelerate's sharding of a planned model: what cannot be a unit stays with the one around it.
+
+    Args:
+        model: planned; what is set aside is hidden already.
+
+    Raises:
+        PlanError: parameters are to be ignored on a torch before 2.7, which cannot.
+    """
+    from torch.distributed import fsdp
+
+    upstream: Any = vars(fsdp)["fully_shard"]
+    ignores = "ignored_params" in inspect.signature(upstream).parameters
+    others, parts = _others(model), _no_units(model)
+
+    def fully_shard(module: Any, **kwargs: Any) -> Any:
+        if not ignores and kwargs.pop("ignored_params", None):
+            _refuse_ignored()
+        modules = module if isinstance(module, (list, tuple)) else [module]
+        if module is not model and not all(_is_unit(item) and id(item) not in parts for item in modules):
+            return module
+        if module is not model and _reaches_outside(modules, others):
+            return module
+        return upstream(module, **kwargs)
+
+    with shadowed(fsdp, fully_shard=fully_shard), shadowed(model, **_ties(model)):
+        yield
+
+
+def _others(model: Any) -> dict[int, set[int]]:
+    """For each module those that have a parameter or a child of it too, by identity: parameters come and go."""
+    users: dict[int, set[int]] = {}
+    for module in model.modules():
+        for part in (*module._parameters.values(), *module._modules.values()):
+            if part is not None:
+                users.setdefault(id(part), set()).add(id(module))
+    others: dict[int, set[int]] = {}
+    for together in users.values():
+        if len(together) > 1:
+            for module in together:
+                others.setdefault(module, set()).update(together)
+    return others
+
+
+def _no_units(model: Any) -> set[int]:
+    """Modules that work as a part of a unit only, by identity.
+
+    Adapters read the weights of the layer that they adapt outside its forward, peft goes past the forward of its
+    tuner, and transformers finds what a sub-model records by the name of its class, which FSDP2 changes.
+    """
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from transformers import PreTrainedModel
+
+    modules = list(model.modules())
+    adapted = [getattr(item, "base_layer", None) for item in modules if isinstance(item, BaseTunerLayer)]
+    passed = [item for item in modules if isinstance(item, (BaseTuner, PreTrainedModel))]
+    return {id(item) for item in (*adapted, *passed)}
+
+
+def _is_unit(module: Any) -> bool:
+    """Whether torch takes a module: containers have no forward to gather before, and a unit's parts are taken."""
+    from torch import nn
+
+    if type(module).forward is nn.Module.forward:
+        return False
+    own = [item for child in _own(module) for item in child._parameters.values()]
+    return not any(isinstance(item, inventory.dtensor()) for item in own)
+
+
+def _own(module: Any) -> Iterator[Any]:
+    """A module and those below it that are not in units of their own."""
+    from torch.distributed.fsdp import FSDPModule
+
+    pending = [module]
+    while pending:
+        item = pending.pop()
+        yield item
+        pending += [child for child in item.children() if not isinstance(child, FSDPModule)]
+
+
+def _reaches_outside(modules: Any, others: dict[int, set[int]]) -> bool:
+    """Whether something below some modules belongs to others too: two units cannot both have it."""
+    inside = {id(part) for module in modules for part in module.modules()}
+    return any(not others.get(part, inside) <= inside for part in inside)
+
+
+def _ties(model: Any) -> dict[str, Callable[[], None]]:
+    """A `tie_weights` that ties what was tied, wherever PEFT's wrappers have put it since.
+
+    transformers finds tied weights by the names that the base had before.
+    """
+    slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for _, _, key, module, tensor, _ in inventory.named_tensors(model):
+        if key in module._parameters:
+            slots.setdefault(id(tensor), []).append((module._parameters, key))
+    groups = [group for group in slots.values() if len(group) > 1]
+
+    def tie_weights() -> None:
+        for (first, name), *others in groups:
+            for place, key in others:
+                place[key] = first[name]
+
+    return {"tie_weights": tie_weights}
+
+
+def _refuse_ignored() -> None:
+    text = message(
+        "ignored_modules",
+        "given for FSDP2 on a torch that cannot ignore parameters",
+        "They would be sharded against your setting",
+        "Use torch 2.7 or newer, or leave ignored_modules out",
+    )
+    raise PlanError(text, setting="ignored_modules")
