@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from matrix import Bench
 
 os.environ["OMP_NUM_THREADS"] = "1"
+with warnings.catch_warnings():
+    # Quantizers warn of each other's torch as they are imported, once.
+    warnings.simplefilter("ignore")
+    import matrix  # noqa: F401
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -36,3 +36,19 @@ def test_tied_embeddings(bench: Bench, tmp_path: Path) -> None:
     stock = trial.run(setup, tied, bench.base, tmp_path / "stock", patched=False)
     assert "Invariant encountered" in stock.error
     equals_one_process(bench, tied, setup, tmp_path)
+
+
+@fsdp2
+@where("transformers>=5.10.dev0", "accelerate>=1.14.dev0", "torch>=2.13.dev0")
+@pytest.mark.parametrize(
+    ("method", "setup", "expected"),
+    [
+        ("bert lora", Setup("f2"), "Invariant encountered"),
+        ("t5 lora", Setup("f2"), "is shared with a parameter already managed by another FSDP group"),
+        ("lora", Setup("f2-size", wrap="size"), "does not support containers that do not implement forward"),
+        ("llama_tied lora_tokens", Setup("f2-ram", ram_efficient=True), "neither a parameter, buffer, nor extra state"),
+    ],
+)
+def test_what_cannot_be_a_unit(bench: Bench, method: str, setup: Setup, expected: str) -> None:
+    """Embeddings inside a unit, weights shared by two, containers, and weights tied by names that peft has changed."""
+    fault(bench, method, setup, expected)

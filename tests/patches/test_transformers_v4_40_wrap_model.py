@@ -108,3 +108,17 @@ def test_buffers_keep_their_bits_under_mixed_precision(bench: Bench, tmp_path: P
     [stock, _] = trial.launch(buffers, method, False, setup, bench.base, str(tmp_path), ranks=2)
     assert any("rotary_emb" in name for name in stock.extra["changed"])
     assert any(f"{method}_" in name for name in stock.extra["changed"])
+
+
+@where("transformers>=5.10.dev0")
+@pytest.mark.parametrize(
+    ("method", "setup", "expected"),
+    [
+        ("llava vera", Setup("f1", fsdp=1), "Could not find the transformer layer class"),
+        ("lora_replicated", Setup("f1", fsdp=1), "must match the size of tensor"),
+        ("lora", Setup("f1-quanto", fsdp=1, quantizer="quanto-int8", dtype="bfloat16"), ""),
+    ],
+)
+def test_units_that_a_model_cannot_have(bench: Bench, method: str, setup: Setup, expected: str) -> None:
+    """Classes that are absent, weights that two units share, and weights that only look like floating point."""
+    fault(bench, method, setup, expected)
