@@ -71,6 +71,11 @@ _KINDS: dict[str, dict[str, Any]] = {
     "no-wrap": {"wrap": "none"},
     "3-ranks": {"ranks": 3, "batch": 6},
     "hybrid": {"ranks": 4, "hybrid": True},
+    "shard": {"placement": "shard"},
+    "shard+bf16": {"placement": "shard", **_B16},
+    "shard+4bit": {"placement": "shard", **_B16, "storage": "bfloat16"},
+    "shard+ram": {"placement": "shard", "ram_efficient": True},
+    "shard+accumulate": {"placement": "shard", "accumulation": 3, "checkpointing": True, "clip": 0.01},
     "fp16": {"dtype": "float16"},
     "8bit+amp": {**_B16, "storage": "8bit"},
     "4bit-uint8": {"dtype": "bfloat16", "storage": "uint8"},
@@ -89,6 +94,7 @@ _KINDS: dict[str, dict[str, Any]] = {
 }
 _TRAINING = ["fp32", "amp", "4bit-uint8+amp", "4bit-bf16+amp", "8bit", "amp+accumulate"]
 _LAYOUTS = ["no-wrap", "3-ranks", "hybrid"]
+_SHARDED = ["shard", "shard+bf16", "shard+4bit", "shard+accumulate"]
 _BASES = [name for name in list(_KINDS)[list(_KINDS).index("fp16") :] if name != "gptq+ram"]
 
 
@@ -110,9 +116,10 @@ GROUPS: list[tuple[list[str], list[Setup]]] = [
     ),
     (list(ON_ARCHITECTURES), [*_on("f1", "fp32", "amp", "size"), *_on("f2", "fp32", "amp", "ram", "size")]),
     (["vera", "lora", "lora_head", "trainable_tokens", "prefix"], [*_on("f1", *_LAYOUTS), *_on("f2", *_LAYOUTS)]),
+    (["vera", "lora", "dora", "lora_head"], [*_on("f1", *_SHARDED), *_on("f2", "shard+ram", *_SHARDED)]),
     (["vera", "lora", "ia3"], [*_on("f1", *_BASES), *_on("f2", "gptq+ram", *_BASES)]),
 ]
-"""Every method on a Llama, two or three methods on every other architecture, layout of ranks, and kind of base."""
+"""Every method on a Llama, and a few on other architectures, layouts of ranks, sharded adapters and kinds of base."""
 
 
 def cells() -> list[tuple[str, Setup]]:
@@ -135,6 +142,7 @@ def reference_of(setup: Setup) -> Setup:
         ram_efficient=False,
         sharded=False,
         wrap="",
+        placement="auto",
         ranks=1,
         batch=setup.batch,
         hybrid=False,

@@ -149,7 +149,7 @@ def _mixed(model: Any) -> Any:
 
 def _adaption_prompt(model: Any) -> Any:
     """The one method whose parameters are bf16 on a bf16 base: with other lengths some updates are a rounding apart."""
-    return get_peft_model(model, peft.AdaptionPromptConfig(adapter_len=8, adapter_layers=2, **CAUSAL))
+    return get_peft_model(model, peft.AdaptionPromptConfig(adapter_len=6, adapter_layers=2, **CAUSAL))
 
 
 def _shadow(model: Any) -> Any:
@@ -201,7 +201,7 @@ ON_LLAMA: dict[str, Method] = {
     "hra": tuned("HRAConfig", r=4),
     "ia3": tuned("IA3Config", feedforward_modules=["o_proj"]),
     "lily": tuned("LilyConfig", micro=True, r=8, stride_A=1, num_B=4, scaling=1.0),
-    "ln_tuning": Method("LNTuningConfig", target_modules=["input_layernorm", "norm"]),
+    "ln_tuning": Method("LNTuningConfig", target_modules=["input_layernorm", "post_attention_layernorm"]),
     "loha": tuned("LoHaConfig", r=4),
     "lokr": tuned("LoKrConfig", r=4),
     "miss": tuned("MissConfig", r=4),

@@ -24,13 +24,19 @@ if os.path.isfile(os.path.join(_root, "setup.cfg")):
     __path__.append(_root)
 
 
-def patch(*names: str, strict: bool = False) -> list[Status]:
+def patch(
+    *names: str, strict: bool = False, adapter_placement: str | None = None, adapter_budget: int | None = None
+) -> list[Status]:
     """Repair what is installed, at once or when it is imported; a second call changes nothing.
 
     Args:
         names: only these patches and what they need; all where none is named.
         strict: raise where a patch that concerns the installed releases cannot be applied, instead of
             one warning. An import of a target can then fail with that error.
+        adapter_placement: "auto" (the default) replicates the adapter and shards the largest trainable tensors of one
+            that does not fit the budget, "replicate" shards none, "shard" all that FSDP can.
+        adapter_budget: bytes that each rank may hold of the replicated adapter, its gradients and its optimizer state
+            under "auto"; 1 GiB, or a rank's share of the base where that is more.
 
     Returns:
         The state of every patch, as `status()` gives it.
@@ -38,16 +44,19 @@ def patch(*names: str, strict: bool = False) -> list[Status]:
     Raises:
         PatchError: a name is unknown, or a patch asked for by name does not concern what is installed
             or cannot be applied.
+        PlanError: a setting is none that is known.
     """
-    from trainer_fsdp_patch import registry
+    from trainer_fsdp_patch import budget, registry
 
+    budget.set_to(adapter_placement, adapter_budget)
     return registry.patch(*names, strict=strict)
 
 
 def unpatch() -> None:
     """Restore every patched attribute to identity; where somebody wrapped on top of us, go silent."""
-    from trainer_fsdp_patch import registry
+    from trainer_fsdp_patch import budget, registry
 
+    budget.settings = budget.Settings()
     registry.unpatch()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
-from trainer_fsdp_patch import checkpoint, inventory, planning, sync
+from trainer_fsdp_patch import budget, checkpoint, inventory, planning, sync
 from trainer_fsdp_patch import plugin as plugins
 from trainer_fsdp_patch.errors import AdapterError, PlanError, message
 from trainer_fsdp_patch.prepared import Prepared, keep, prepared_by, prepared_for
@@ -57,7 +57,23 @@ def prepare(trainer: Any, model: Any) -> Prepared | None:
     plan = plugins.plan_for(model, accelerator, plugin, explicit)
     prepared = settle(accelerator, Prepared(model, plan, data_parallel_groups(accelerator)))
     plugins.set_flags(prepared, plugin, explicit)
+    separate(trainer)
     return prepared
+
+
+def separate(trainer: Any) -> None:
+    """Step sharded and whole parameters in groups of their own, where FSDP2 is about to shard some.
+
+    Args:
+        trainer: whose optimizer may be made already; nothing happens where it is not, or where nothing is sharded.
+    """
+    prepared = prepared_by(trainer)
+    if prepared is None or trainer.optimizer is None or not prepared.sharded or prepared.plan.fsdp_version == 1:
+        return
+    parameters = {
+        inventory.canonical(name): item for name, item in trainer.model.named_parameters(remove_duplicate=False)
+    }
+    budget.separate(trainer.optimizer, [parameters[name] for name in prepared.sharded])
 
 
 def settle(accelerator: Any, prepared: Prepared) -> Prepared:
@@ -131,7 +147,7 @@ def agree(prepared: Prepared) -> None:
     for adapter, config in getattr(prepared.model(), "peft_config", {}).items():
         values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
         items += [(f"peft_config[{adapter!r}].{key}", _plain(values[key])) for key in sorted({*values} - _LOCAL)]
-    tensors = [item.tensor for item in prepared.plan.set_aside]
+    tensors = [item.tensor for item in (*prepared.plan.set_aside, *prepared.plan.sharded)]
     items += [(tensor.name, (tensor.shape, tensor.dtype, tensor.role)) for tensor in tensors]
     everyone = sync.everyone(items, "comparison of the adapter's make-up")
     first = dict(everyone[0])
@@ -182,6 +198,12 @@ def place(prepared: Prepared, device: Any) -> None:
             tensor.data = tensor.data.to(device)
         shared.append(tensor)
     sync.broadcast(shared)
+    for name, _, _, _, tensor, _ in inventory.named_tensors(model) if prepared.sharded else ():
+        if name in prepared.sharded and not tensor.is_meta:
+            # One at a time: they are sharded because each rank has no room for all.
+            whole = tensor.data.to(device)
+            sync.broadcast([whole])
+            tensor.data.copy_(whole)
     adapter = prepared.of_adapter()
     sync.compare(list(adapter), list(adapter.values()), "after the broadcast")
 
@@ -237,6 +259,7 @@ def prepare_to_evaluate(trainer: Any) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugins.version_of(plugin) == 2:
         trainer.create_optimizer()
+        separate(trainer)
         trainer.model, trainer.optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
     else:
         trainer.model = accelerator.prepare(trainer.model)

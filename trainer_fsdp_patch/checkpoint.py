@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import wrapt
 
-from trainer_fsdp_patch import inventory, sync, verify
+from trainer_fsdp_patch import gathering, inventory, sync, verify
 from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.inventory import canonical
 from trainer_fsdp_patch.prepared import Prepared, prepared_for
@@ -35,8 +36,14 @@ def with_canonical_names(model: Any) -> Any:
 
 
 def call_with_canonical_names(function: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call one of peft's functions with a model whose names are those of a state dict."""
-    return function(with_canonical_names(model), *args, **kwargs)
+    """Call one of peft's functions with a model whose names are those of a state dict.
+
+    peft asks modules_to_save for their state dict, of which it needs the names: one rank saves, so none may gather.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in gathering.own_units(model):
+            stack.enter_context(shadowed(module, state_dict=functools.partial(gathering.names_of, module)))
+        return function(with_canonical_names(model), *args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -80,14 +87,15 @@ def state_dict(upstream: Callable[..., Any], accelerator: Any, model: Any, unwra
         return upstream(model, unwrap=unwrap)
     adapter = prepared.of_adapter()
     sync.compare(list(adapter), list(adapter.values()), "before saving")
-    refuse_dead(adapter)
+    gathered = gathering.whole(model, prepared)
+    refuse_dead(adapter | gathered)
     if prepared.liveness is not None:
         prepared.liveness.refuse_unmoved()
-    found = on_cpu(persistent(model, adapter))
+    found = on_cpu(persistent(model, adapter) | gathering.aliased(prepared, gathering.stored(prepared, gathered)))
     prove(inventory.bare(model), found, prepared)
     if accelerator.is_main_process:
         warn_of_shards(found)
-    found.update(_embeddings(accelerator, model))
+    found.update(_embeddings(accelerator, model, set(found)))
     return found
 
 
@@ -106,6 +114,11 @@ def persistent(model: Any, adapter: dict[str, Any]) -> dict[str, Any]:
             if id(tensor) in known and key not in module._non_persistent_buffers_set:
                 result[canonical(f"{prefix}.{key}")] = tensor
     return result
+
+
+def live(model: Any, prepared: Prepared) -> dict[str, Any]:
+    """The same, with what FSDP has sharded of it gathered; every rank takes part."""
+    return persistent(model, prepared.of_adapter()) | gathering.aliased(prepared, gathering.whole(model, prepared))
 
 
 def refuse_dead(adapter: dict[str, Any]) -> None:
@@ -149,8 +162,8 @@ def warn_of_shards(found: dict[str, Any]) -> None:
         )
 
 
-def _embeddings(accelerator: Any, model: Any) -> dict[str, Any]:
-    """Weights of the input and output embeddings, whole, on rank 0; every rank takes part."""
+def _embeddings(accelerator: Any, model: Any, known: set[str]) -> dict[str, Any]:
+    """Weights of the input and output embeddings that are not known, whole, on rank 0; every rank takes part."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     unwrapped = inventory.bare(model)
@@ -162,7 +175,7 @@ def _embeddings(accelerator: Any, model: Any) -> dict[str, Any]:
 
     def collect(named: Any) -> None:
         for name, tensor in named:
-            if canonical(name).rpartition(".")[0] in prefixes:
+            if canonical(name).rpartition(".")[0] in prefixes and canonical(name) not in known:
                 whole = tensor.full_tensor() if isinstance(tensor, inventory.dtensor()) else tensor
                 if accelerator.is_main_process:
                     result[canonical(name)] = whole.detach().cpu().clone()
@@ -179,20 +192,20 @@ def keys(model: Any, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What peft would write of a state dict, by adapter: {} for models that keep adapters in another way."""
     from peft.utils.save_and_load import get_peft_model_state_dict
 
-    named = with_canonical_names(model)
+    options = {"state_dict": found, "save_embedding_layers": False}
     return {
-        adapter: get_peft_model_state_dict(named, state_dict=found, adapter_name=adapter, save_embedding_layers=False)
+        adapter: call_with_canonical_names(get_peft_model_state_dict, model, adapter_name=adapter, **options)
         for adapter in getattr(model, "peft_config", {})
     }
 
 
 def expect(model: Any, prepared: Prepared) -> None:
     """Note before wrapping which keys a save has to have, and warn of what trains without being saved."""
-    found = persistent(model, prepared.of_adapter())
+    found = live(model, prepared)
     entries = keys(model, found)
     prepared.expected = {adapter: set(entry) for adapter, entry in entries.items()}
     written = {id(tensor) for entry in entries.values() for tensor in entry.values()}
-    for item in prepared.plan.set_aside:
+    for item in (*prepared.plan.set_aside, *prepared.plan.sharded):
         names = [name for name in item.tensor.names if name in found]
         lost = item.tensor.role == inventory.ADAPTER and not item.tensor.owned
         if entries and lost and not any(id(found[name]) in written for name in names):

@@ -129,6 +129,19 @@ def _containers() -> tuple[tuple[type, str], ...]:
     )
 
 
+def copies(model: Any) -> set[str]:
+    """Names of the parameters of whole modules that are trained in place of the base's, as modules_to_save has them."""
+    names = {id(tensor): name for name, _, _, _, tensor, _ in named_tensors(model)}
+    found = [
+        parameter
+        for module in model.modules()
+        if is_wrapper(module)
+        for copy in getattr(module, "modules_to_save", {}).values()
+        for parameter in copy.parameters()
+    ]
+    return {names[id(parameter)] for parameter in found}
+
+
 def tuner_classes(model: Any) -> tuple[set[type], set[type]]:
     """Classes of the adapted layers in a model, and of the tuners around it."""
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer

@@ -61,6 +61,24 @@ def as_buffer(layer: Any, name: str) -> Iterator[None]:
             place[name] = gathered
 
 
+@contextlib.contextmanager
+def packed(layer: Any) -> Iterator[None]:
+    """Show a 4-bit layer's weight as the parameter that knows how to unpack itself, where FSDP1 has a plain tensor.
+
+    Args:
+        layer: of bitsandbytes, which keeps the quantization state itself too.
+    """
+    weight, state = layer.weight, getattr(layer, "quant_state", None)
+    if state is None or hasattr(weight, "quant_state"):
+        yield
+        return
+    from bitsandbytes.nn import Params4bit
+
+    known = {"quant_state": state, "quant_type": state.quant_type, "quant_storage": weight.dtype}
+    with shadowed(layer, weight=Params4bit(weight.data, requires_grad=False, bnb_quantized=True, **known)):
+        yield
+
+
 def shard_for_tp(upstream: Callable[..., Any], model: Any, state_dict: Any, adapter_name: str) -> Any:
     """Shard loaded tensors where transformers split the base's layers, and leave them alone elsewhere."""
     parts = (getattr(module, "_hf_tp_plan", None) for module in model.modules())

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from trainer_fsdp_patch import inventory
+from trainer_fsdp_patch import budget, inventory
 from trainer_fsdp_patch.errors import PlanError, message
 from trainer_fsdp_patch.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, Tensor
 
@@ -41,7 +41,8 @@ class Plan:
         use_orig_params: what FSDP1 is to use, or None under FSDP2, which always keeps them.
         param_dtype: dtype in which FSDP computes and communicates units, as a name, or None for the stored one.
         autocast: dtype of the autocast around the forward, as a name, or None.
-        reasons: one sentence for each flag that differs from what was asked.
+        reasons: one sentence for each flag that differs from what was asked, and one for trainable tensors that are
+            sharded.
     """
 
     fsdp_version: int
@@ -55,6 +56,11 @@ class Plan:
     def set_aside(self) -> tuple[Placement, ...]:
         """What is kept out of FSDP."""
         return tuple(placement for placement in self.placements if placement.set_aside)
+
+    @property
+    def sharded(self) -> tuple[Placement, ...]:
+        """What is trained and sharded."""
+        return tuple(item for item in self.placements if item.tensor.role == ADAPTER and item.placement == SHARD)
 
     def nbytes(self, placement: str, role: str | None = None) -> int:
         """Bytes of all tensors with a placement and, where given, a role; each rank holds the replicated ones whole."""
@@ -85,6 +91,9 @@ def make_plan(
     param_dtype: str | None = None,
     units: Iterable[str] | None = None,
     by_size: bool = False,
+    adapter_placement: str | None = None,
+    adapter_budget: int | None = None,
+    ranks: int = 1,
 ) -> Plan:
     """Plan for one model; the model is read and not changed.
 
@@ -97,6 +106,10 @@ def make_plan(
         param_dtype: the user's own dtype for units, such as "bfloat16"; None is what mixed_precision gives.
         units: class names of the modules that become FSDP units; None is the model's `_no_split_modules`.
         by_size: whether units go by size instead, so that any two modules may be in different ones.
+        adapter_placement: "auto", "replicate" or "shard", for trainable tensors; None is what `patch()` was given.
+        adapter_budget: bytes that a replicated adapter may cost each rank under "auto", with its gradients and its
+            optimizer state; None is what `patch()` was given.
+        ranks: over which FSDP shards.
 
     Returns:
         The plan.
@@ -111,7 +124,17 @@ def make_plan(
     roots = _roots(model, units)
     odd = odd_dtypes(tensors, roots) if fsdp_version == 1 else {}
     odd |= shared_by_units(tensors, roots, apart=by_size and fsdp_version == 1)
-    placements = tuple(_place(tensor, users, odd, fsdp_version) for tensor in tensors)
+    asked = budget.Settings(
+        adapter_placement or budget.settings.adapter_placement,
+        budget.settings.adapter_budget if adapter_budget is None else adapter_budget,
+    )
+    budget.check(asked.adapter_placement, asked.adapter_budget)
+    barred = budget.barred(tensors, fsdp_version, _homes(model, roots), inventory.copies(model))
+    barred |= dict.fromkeys(users, "it is ignored")
+    if fsdp_version == 1 and use_orig_params is False:
+        barred |= dict.fromkeys((tensor.name for tensor in tensors), "use_orig_params=False hides its name")
+    large, said = budget.sharded(tensors, barred, asked, ranks)
+    placements = tuple(_place(tensor, users, odd | large, fsdp_version) for tensor in tensors)
     if not any(item.placement == SHARD for item in placements):
         raise PlanError(
             message(
@@ -123,7 +146,8 @@ def make_plan(
             setting="ignored_modules" if users else "fsdp",
         )
     compute, reasons = _param_dtype(placements, amp, param_dtype)
-    return Plan(fsdp_version, placements, _orig_params(fsdp_version, use_orig_params), compute, amp, reasons)
+    flag = _orig_params(fsdp_version, use_orig_params)
+    return Plan(fsdp_version, placements, flag, compute, amp, (*reasons, *said))
 
 
 def _known(setting: str, found: Any, supported: dict[Any, Any]) -> Any:
@@ -141,6 +165,8 @@ def _orig_params(fsdp_version: int, asked: bool | None) -> bool | None:
 
 
 def _place(tensor: Tensor, users: set[str], odd: dict[str, str], fsdp_version: int) -> Placement:
+    if tensor.role == ADAPTER and tensor.name in odd:
+        return Placement(tensor, SHARD, odd[tensor.name])
     if tensor.role == ADAPTER:
         return Placement(tensor, REPLICATE, "trainable: whole on every rank, its gradient averaged once per step")
     if tensor.role == PROJECTION:
@@ -238,6 +264,14 @@ def _unit(name: str, roots: list[str]) -> str:
     return max((root for root in roots if name.startswith(f"{root}.")), key=len, default="")
 
 
+def _homes(model: Any, roots: list[str]) -> dict[str, set[str]]:
+    """The units that each parameter is reached in, by each of its names; a module may be a child of several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(inventory.canonical(name))
+    return {name: {_unit(other, roots) for other in together} for together in names.values() for name in together}
+
+
 def shared_by_units(tensors: list[Tensor], roots: list[str], *, apart: bool) -> dict[str, str]:
     """Frozen parameters that several FSDP units share, as LoRA's layer_replication has them, with the reason.
 
@@ -246,7 +280,7 @@ def shared_by_units(tensors: list[Tensor], roots: list[str], *, apart: bool) -> 
     shared = {}
     for tensor in tensors:
         found = sorted({name.rpartition(".")[0] if apart else _unit(name, roots) for name in tensor.names})
-        if len(found) > 1 and tensor.kind == "parameter":
+        if len(found) > 1 and tensor.kind == "parameter" and tensor.role != ADAPTER:
             shared[tensor.name] = f"shared by {len(found)} units, such as {found[0] or 'the root'} and {found[1]}"
     return shared
 

@@ -125,6 +125,7 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
         param_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         units=unit_classes(plugin),
         by_size=by_size(plugin),
+        ranks=accelerator.num_processes,
     )
     buffers = getattr(policy, "buffer_dtype", None)
     for item in plan.set_aside:
@@ -154,11 +155,14 @@ def set_flags(prepared: Prepared, plugin: Any, explicit: Any) -> None:
         dtype = None if plan.param_dtype is None else getattr(torch, plan.param_dtype)
         # FSDP1 would round RoPE tables and projections in place, FSDP2 the loss: None leaves both alone.
         spared = {"buffer_dtype": None} if plan.fsdp_version == 1 else {"output_dtype": None}
-        policy = dataclasses.replace(policy, param_dtype=dtype, reduce_dtype=dtype, **spared)
+        # What FSDP averages of an adapter it averages in fp32, as the rest of it is.
+        reduced = torch.float32 if prepared.sharded and dtype is not None else dtype
+        policy = dataclasses.replace(policy, param_dtype=dtype, reduce_dtype=reduced, **spared)
         plugin.mixed_precision_policy = policy
         setattr(plugin, _POLICY, policy)
     if plan.fsdp_version == 1:
         _size_whole_layers(prepared.model(), plugin)
+        _own_units(prepared, plugin)
         users = user_ignored(plugin)
         plugin.ignored_modules = _ignored(prepared)
         setattr(plugin, _IGNORED, (plugin.ignored_modules, users))
@@ -194,6 +198,29 @@ def _size_whole_layers(model: Any, plugin: Any) -> None:
         min_num_params=plugin.min_num_params,
         force_leaf_modules=policy.FORCE_LEAF_MODULES | layers,
         exclude_wrap_modules=policy.EXCLUDE_WRAP_MODULES | tuners,
+    )
+
+
+def _own_units(prepared: Prepared, plugin: Any) -> None:
+    """Give FSDP1 a unit for each whole module that is trained and sharded, beside those that it makes anyway."""
+    model, wanted = prepared.model(), set(prepared.sharded)
+    if not wanted:
+        return
+    names = {id(tensor): name for name, _, _, _, tensor, _ in inventory.named_tensors(model)}
+    own = set()
+    for module in filter(inventory.is_wrapper, model.modules()):
+        for copy_of_base in getattr(module, "modules_to_save", {}).values():
+            if any(names[id(parameter)] in wanted for parameter in copy_of_base.parameters()):
+                own.add(id(copy_of_base))
+    plugin.set_auto_wrap_policy(model)
+    plugin.auto_wrap_policy = functools.partial(_or_own, policy=plugin.auto_wrap_policy, own=frozenset(own))
+
+
+def _or_own(module: Any, recurse: bool, nonwrapped_numel: int, *, policy: Any, own: frozenset[int]) -> bool:
+    """A wrap policy of torch's kind."""
+    wanted = not own.isdisjoint(map(id, module.modules())) if recurse else id(module) in own
+    return wanted or (
+        policy is not None and bool(policy(module=module, recurse=recurse, nonwrapped_numel=nonwrapped_numel))
     )
 
 

@@ -24,18 +24,22 @@ class Prepared:
     Attributes:
         plan: the plan.
         names: canonical names of the tensors set aside; tensors: the tensors, in the same order.
+        sharded: canonical names of the trainable tensors that FSDP shards, whose gradients it averages itself.
         groups: data-parallel process groups that gradients are averaged over.
         native: whether transformers sharded the base while it loaded it, and accelerate knows of no FSDP.
         liveness: whether training moves it, from `watch` on.
-        loading: whether a Trainer is reading a checkpoint; failure: why this rank refused it, or "".
+        loading: whether a Trainer is reading a checkpoint; failure: why this rank refused it, or ""; read: what it has
+            read of sharded tensors.
     """
 
     def __init__(self, model: Any, plan: Plan, groups: Sequence[Any], *, native: bool = False) -> None:
         self.model: Callable[[], Any] = weakref.ref(model)
         self.plan, self.groups, self.native = plan, groups, native
         self.roles = {item.tensor.name: item.tensor.role for item in plan.set_aside}
+        self.sharded = [item.tensor.name for item in plan.sharded]
         self.expected: dict[str, set[str]] = {}
         self.loading, self.failure = False, ""
+        self.read: dict[str, Any] = {}
         self.liveness: Liveness | None = None
         self._pending: set[int] = set()
         self.refresh()
@@ -63,7 +67,7 @@ class Prepared:
         """
         model = self.model()
         for name, parameter in model.named_parameters() if model is not None else ():
-            if parameter.requires_grad and id(parameter) not in self._known:
+            if parameter.requires_grad and id(parameter) not in self._known and not self._is_sharded(name):
                 raise AdapterError(
                     message(
                         inventory.canonical(name),
@@ -77,6 +81,11 @@ class Prepared:
         self._pending.clear()
         if self.liveness is not None:
             self.liveness.note_gradients()
+
+    def _is_sharded(self, name: str) -> bool:
+        """Whether FSDP has a parameter; FSDP1 may show it as a flat one of its unit."""
+        name = inventory.canonical(name)
+        return name in self.sharded or (bool(self.sharded) and name.endswith("_flat_param"))
 
     def watch(self) -> None:
         """Refuse optimizer steps with gradients that no average has seen.

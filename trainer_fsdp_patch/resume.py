@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer_fsdp_patch import checkpoint, inventory, reading, sync, verify
+from trainer_fsdp_patch import checkpoint, gathering, inventory, reading, sync, verify
 from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.prepared import Prepared, prepared_by, prepared_for
 from trainer_fsdp_patch.shadowing import shadowed
@@ -45,18 +45,18 @@ def model_state_dict(
         # accelerate 1.6 hands FSDP2 checkpoints to torch, which refuses one without the base.
         return upstream(model, adapter_only=False)
     full = getattr(sd_options, "full_state_dict", False)
-    return checkpoint.on_cpu(names(model, prepared, as_peft=not (full and full_by_canonical_name)))
+    live = checkpoint.live(model, prepared)
+    return checkpoint.on_cpu(names(model, live, as_peft=not (full and full_by_canonical_name)))
 
 
-def names(model: Any, prepared: Prepared, *, as_peft: bool) -> dict[str, Any]:
-    """The adapter's live tensors by the names that a resume checkpoint has for them.
+def names(model: Any, live: dict[str, Any], *, as_peft: bool) -> dict[str, Any]:
+    """The adapter's tensors by the names that a resume checkpoint has for them.
 
     Args:
         model: as prepared by accelerate.
-        prepared: its record.
+        live: the tensors by the names of the model's state dict.
         as_peft: by the keys of the active adapter's file, and by canonical names where that has no place.
     """
-    live = checkpoint.persistent(model, prepared.of_adapter())
     if not as_peft:
         return live
     bare = inventory.bare(model)
@@ -128,6 +128,9 @@ def load_model_state_dict(
         return upstream(model, state_dict, adapter_only=adapter_only, **options)
     if not state_dict:
         return None
+    if prepared.sharded and not prepared.loading:
+        found = "is sharded, and was asked for by Accelerator.load_state"
+        raise _refused(prepared.sharded[0], found)
     try:
         _copy_in(model, prepared, state_dict)
     except AdapterError as error:
@@ -140,7 +143,10 @@ def load_model_state_dict(
 def _copy_in(model: Any, prepared: Prepared, state_dict: dict[str, Any]) -> None:
     import torch
 
-    known = names(model, prepared, as_peft=True) | names(model, prepared, as_peft=False)
+    empty = gathering.templates(prepared)
+    live = checkpoint.persistent(model, prepared.of_adapter()) | gathering.aliased(prepared, empty)
+    known = names(model, live, as_peft=True) | names(model, live, as_peft=False)
+    sharded = {id(tensor): name for name, tensor in empty.items()}
     others = {name for name, *_ in inventory.named_tensors(inventory.bare(model))}
     values = {}
     for key, value in state_dict.items():
@@ -153,12 +159,16 @@ def _copy_in(model: Any, prepared: Prepared, state_dict: dict[str, Any]) -> None
             # https://github.com/huggingface/accelerate/pull/4206
             raise _refused(key, f"of shape {list(value.shape)} instead of {list(tensor.shape)}, or one rank's shard")
         values[id(tensor)] = (tensor, value)
-    missing = {id(tensor): name for name, tensor in known.items() if tensor.requires_grad and id(tensor) not in values}
+    trained = {id(tensor) for tensor in live.values() if tensor.requires_grad} | sharded.keys()
+    missing = {id(tensor): name for name, tensor in known.items() if id(tensor) in trained - values.keys()}
     if missing:
         raise _refused(next(iter(missing.values())), f"not in the checkpoint, as {len(missing) - 1} more tensors")
     with torch.no_grad():
-        for tensor, value in values.values():
-            tensor.copy_(value)
+        for place, (tensor, value) in values.items():
+            if place in sharded:
+                prepared.read[sharded[place]] = value
+            else:
+                tensor.copy_(value)
 
 
 def _belongs(key: str, names: set[str]) -> bool:
@@ -195,7 +205,7 @@ def load(upstream: Callable[[], Any], trainer: Any, folder: Any) -> Any:
     where = Path(folder)
     lacks = verify.incomplete(where)
     result = None
-    with _loading(prepared):
+    with _loading(prepared, trainer.model):
         if lacks:
             prepared.failure = str(_refused(str(where), f"not whole: {lacks[0]}"))
         elif (where / reading.FSDP_FULL).is_file() and _below_compile(trainer.model, prepared):
@@ -217,7 +227,8 @@ def _below_compile(model: Any, prepared: Prepared) -> bool:
 def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
     """Tensors of adapter files by canonical names of the model."""
     bare = inventory.bare(model)
-    live = checkpoint.persistent(model, prepared.of_adapter())
+    empty = gathering.aliased(prepared, gathering.templates(prepared))
+    live = checkpoint.persistent(model, prepared.of_adapter()) | empty
     places = {_place(tensor): name for name, tensor in live.items()}
     found: dict[str, Any] = {}
     for adapter in getattr(bare, "peft_config", {}):
@@ -233,8 +244,8 @@ def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _loading(prepared: Prepared) -> Iterator[None]:
-    prepared.loading, prepared.failure = True, ""
+def _loading(prepared: Prepared, model: Any) -> Iterator[None]:
+    prepared.loading, prepared.failure, prepared.read = True, "", {}
     try:
         yield
     except AdapterError as error:
@@ -248,6 +259,8 @@ def _loading(prepared: Prepared) -> Iterator[None]:
     adapter = prepared.of_adapter()
     sync.broadcast(adapter.values())
     sync.compare(list(adapter), list(adapter.values()), "after a checkpoint was loaded")
+    gathering.put(model, prepared, prepared.read)
+    prepared.read = {}
 
 
 @contextlib.contextmanager

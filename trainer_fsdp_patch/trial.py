@@ -36,6 +36,7 @@ class Setup:
         dtype: of the base model; amp: mixed precision, "no" or "bf16".
         storage: "" for an unquantized base, "8bit", or the quant_storage of a 4-bit one by bitsandbytes.
         kind: of the latter, "nf4" or "fp4", with "double" for quantized constants.
+        placement: adapter_placement of `patch()`.
         quantizer: another one than bitsandbytes, for the tests' own loader.
         use_orig_params, activation_checkpointing, ram_efficient: of FSDP.
         sharded: whether checkpoints are SHARDED_STATE_DICT.
@@ -69,6 +70,7 @@ class Setup:
     hybrid: bool = False
     kind: str = "nf4"
     quantizer: str = ""
+    placement: str = "auto"
 
     @property
     def tolerance(self) -> float:
@@ -236,7 +238,7 @@ def enter(setup: Setup, folder: str, ranks: int, *, patched: bool) -> Any:
 
     torch.set_num_threads(1)
     if patched:
-        trainer_fsdp_patch.patch(strict=True)
+        trainer_fsdp_patch.patch(strict=True, adapter_placement=setup.placement)
     stack.environment()
     given = arguments(setup, folder, ranks)
     if ranks > 1 and setup.fsdp and given.device.type == "cpu":

@@ -1,0 +1,130 @@
+"""Large trainable tensors: the rule by which they are sharded, and that they train, save and resume beside replicas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+from faults import FLAVOURS, where
+from matrix import METHODS, Bench, Setup, trial
+from test_plan import llama
+
+import trainer_fsdp_patch
+from trainer_fsdp_patch import budget
+from trainer_fsdp_patch.errors import PlanError
+from trainer_fsdp_patch.trial import Outcome
+
+HEAD = "base_model.model.lm_head.modules_to_save.default.weight"
+side_by_side = where("accelerate>=1.15.dev0", "torch>=2.13.dev0")
+
+
+def sharded(method: str, **settings: Any) -> set[str]:
+    plan = trainer_fsdp_patch.plan(METHODS[method](llama()), **settings)
+    return {item.tensor.name for item in plan.sharded}
+
+
+def test_a_small_adapter_is_replicated() -> None:
+    assert sharded("lora_head") == set()
+    assert sharded("lora_head", adapter_placement="replicate", adapter_budget=0) == set()
+
+
+@side_by_side
+def test_the_largest_tensors_are_sharded_until_the_others_fit() -> None:
+    """The head costs 96 x 64 x (4 + 4 + 8) bytes on each rank, and all of LoRA's tensors 8 x 4 x 64 x 16."""
+    lora = 8 * 4 * 64 * 16
+    assert sharded("lora_head", adapter_budget=lora) == {HEAD}
+    assert sharded("lora_head", adapter_budget=lora + 96 * 64 * 16) == set()
+    assert len(sharded("lora_head", adapter_budget=lora - 1)) == 2
+    assert len(sharded("lora_head", adapter_placement="shard")) == 9
+
+
+def test_fsdp1_shards_whole_modules_alone_and_says_why_not_more() -> None:
+    plan = trainer_fsdp_patch.plan(METHODS["lora_head"](llama()), fsdp_version=1, adapter_placement="shard")
+    assert {item.tensor.name for item in plan.sharded} == {HEAD}
+    [reason] = plan.reasons
+    assert reason.startswith("1 of 9 trainable tensors are sharded")
+    assert "FSDP1 would give its unit's frozen weights a gradient" in reason
+    assert sharded("lora_head", fsdp_version=1, adapter_placement="shard", use_orig_params=False) == set()
+
+
+@side_by_side
+def test_what_several_units_share_is_replicated() -> None:
+    """VBLoRA's bank is a child of every layer; its logits are not."""
+    found = sharded("vblora", adapter_placement="shard")
+    assert len(found) == 8
+    assert not any("vector_bank" in name for name in found)
+
+
+def test_the_share_of_the_base_is_the_budget_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "FLOOR", 0)
+    base = sum(parameter.numel() * 4 for parameter in llama().parameters())
+    cost = sum(p.numel() * 16 for p in METHODS["lora_head"](llama()).parameters() if p.requires_grad)
+    assert base / 8 < cost < base
+    assert sharded("lora_head", fsdp_version=1, ranks=1) == set()
+    assert sharded("lora_head", fsdp_version=1, ranks=8) == {HEAD}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"adapter_placement": "split"}, {"adapter_budget": -1}, {"adapter_budget": "2GiB"}, {"adapter_budget": 1.5}],
+)
+def test_settings_that_are_none(settings: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match=next(iter(settings))):
+        trainer_fsdp_patch.plan(METHODS["lora"](llama()), **settings)
+    with pytest.raises(PlanError, match=next(iter(settings))):
+        trainer_fsdp_patch.patch(**settings)
+    assert all(item.state in ("unused", "skipped") for item in trainer_fsdp_patch.status())
+
+
+def test_settings_of_patch_hold_until_unpatch() -> None:
+    trainer_fsdp_patch.patch(adapter_placement="shard")
+    trainer_fsdp_patch.patch()
+    assert sharded("lora_head", fsdp_version=1) == {HEAD}
+    trainer_fsdp_patch.unpatch()
+    assert sharded("lora_head", fsdp_version=1) == set()
+
+
+def held(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
+    """Elements of trainable parameters, and of their first moments, that a rank holds after training."""
+    from transformers import Trainer
+
+    given = trial.enter(setup, folder, 2, patched=True)
+    model = METHODS["lora_head"](trial.load_base(base, setup))
+    trainer = Trainer(model=model, args=given, train_dataset=trial.dataset(trial.STEPS * trial.BATCH))
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    local = [getattr(item, "_local_tensor", item) for group in optimizer.param_groups for item in group["params"]]
+    moments = [
+        getattr(state["exp_avg"], "_local_tensor", state["exp_avg"]).numel() for state in optimizer.state.values()
+    ]
+    return Outcome(extra={"parameters": sum(item.numel() for item in local), "moments": sum(moments)})
+
+
+@side_by_side
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_each_rank_holds_its_part_alone(bench: Bench, tmp_path: Path, fsdp: int) -> None:
+    lora, head = 8 * 4 * 64, 96 * 64
+    for placement, whole in (("shard", head // 2), ("replicate", head)):
+        setup = Setup("held", fsdp=fsdp, placement=placement)
+        for outcome in trial.launch(held, setup, bench.base, str(tmp_path), ranks=2):
+            assert not outcome.error, outcome.extra
+            expected = whole + (lora // 2 if (fsdp, placement) == (2, "shard") else lora)
+            assert outcome.extra == {"parameters": expected, "moments": expected}
+
+
+@side_by_side
+@pytest.mark.parametrize("sharded", [False, True], ids=["full", "sharded"])
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_a_resumed_run_ends_in_the_same_bits(bench: Bench, fsdp: int, sharded: bool) -> None:
+    setup = Setup("resumed", fsdp=fsdp, placement="shard", sharded=sharded)
+    scene = checkpoints.Scene(bench)
+    assert checkpoints.interrupted(scene, setup, patched=True, configure=METHODS["lora_head"]) == ""
+
+
+@side_by_side
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_evaluation_first(bench: Bench, fsdp: int) -> None:
+    scene = checkpoints.Scene(bench)
+    assert checkpoints.evaluated(scene, Setup("evaluated", fsdp=fsdp, placement="shard"), patched=True) == ""
