@@ -46,9 +46,9 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
         panel.set_title(f"{side}: {right} of {sum('reference' not in row for row in rows)} right", fontsize=14)
         panel.set_xticks([index + 0.5 for index in range(len(setups))], setups, rotation=90, fontsize=8)
         panel.set_yticks([index + 0.5 for index in range(len(methods))], methods, fontsize=8)
-        panel.invert_yaxis()
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
+    panels[0].invert_yaxis()
     handles = [Patch(color=COLOURS[name], label=name) for name in STATES]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(STATES), fontsize=11)
     figure.savefig(out, dpi=75)

@@ -87,6 +87,18 @@ def fault(bench: Bench, method: str, setup: Setup, expected: str) -> None:
     assert patched.right, patched.error
 
 
+def fault_without(
+    name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str, setup: Setup, expected: str
+) -> None:
+    """The same where stock does not come as far: with all other patches it fails with `expected`."""
+    with monkeypatch.context() as context:
+        context.setenv(registry.DISABLE, name)
+        _, others = bench.cell(method, setup, patched=True)
+    assert expected in others.error
+    _, patched = bench.cell(method, setup, patched=True)
+    assert patched.right, patched.error
+
+
 def with_trainable_norms(model: Any) -> Any:
     """LoRA, and norms that a user unfroze: trained, but part of no adapter."""
     model = METHODS["lora"](model)

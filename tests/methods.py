@@ -193,7 +193,8 @@ ON_LLAMA: dict[str, Method] = {
         **CAUSAL,
     ),
     "deft": tuned("DeftConfig", r=4),
-    "delora": tuned("DeloraConfig", r=4),
+    # Its scalars get gradients that nearly cancel, so that bf16 in batches of another shape is felt.
+    "delora": tuned("DeloraConfig", micro=True, r=4, delora_lambda=25),
     "fourierft": tuned("FourierFTConfig", n_frequency=32),
     "glora": tuned("GloraConfig", r=4),
     "gralora": tuned("GraloraConfig", r=8, gralora_k=2),

@@ -35,7 +35,7 @@ def test_the_adapter_is_replicated_and_the_base_sharded(method: str) -> None:
         tensor = item.tensor
         assert (tensor.role == "adapter") == tensor.trainable
         if tensor.role in ("adapter", "projection"):
-            assert tensor.owned
+            assert tensor.owned or method == "adaption_prompt", "its prompts sit in a module of the base"
             assert item.placement == "replicate"
         elif tensor.kind == "parameter":
             # What two layers share, as replicated ones do, can be in neither unit.
@@ -55,6 +55,15 @@ def test_vera_in_detail() -> None:
     assert found["base_model.model.model.layers.1.self_attn.q_proj.vera_lambda_b.default"].role == "adapter"
     assert plan.use_orig_params is None
     assert plan.summary() == "shard 0.3 MiB (21 base); replicate 0.0 MiB (8 adapter, 2 base, 2 projection)"
+
+
+def test_what_of_the_base_stays_whole_is_said_with_its_bytes() -> None:
+    plan = trainer_fsdp_patch.plan(METHODS["lora_replicated"](llama()))
+    [cost] = plan.costs()
+    assert cost.startswith(
+        f"{plan.nbytes('replicate', 'base') / 2**20:.1f} MiB of the base whole on each rank: shared by 2"
+    )
+    assert trainer_fsdp_patch.plan(METHODS["lora"](llama())).costs() == []
 
 
 def test_a_plan_reads_meta_tensors_and_changes_nothing() -> None:

@@ -90,7 +90,7 @@ def settle(accelerator: Any, prepared: Prepared) -> Prepared:
     keep(model, prepared)
     if accelerator.is_main_process:
         logger.info("FSDP%d: %s.", plan.fsdp_version, plan.summary())
-        for reason in plan.reasons:
+        for reason in (*plan.reasons, *plan.costs()):
             logger.info("FSDP%d: %s.", plan.fsdp_version, reason)
     return prepared
 

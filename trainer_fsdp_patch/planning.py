@@ -70,6 +70,18 @@ class Plan:
             if item.placement == placement and role in (None, item.tensor.role)
         )
 
+    def costs(self) -> list[str]:
+        """For each reason to keep base parameters whole, the MiB that this costs each rank."""
+        costs: Counter[str] = Counter()
+        for item in self.placements:
+            if (
+                item.placement == REPLICATE
+                and item.tensor.role in (BASE, QUANTIZED)
+                and item.tensor.kind == "parameter"
+            ):
+                costs[item.reason] += item.tensor.nbytes
+        return [f"{size / 2**20:.1f} MiB of the base whole on each rank: {why}" for why, size in costs.most_common()]
+
     def summary(self) -> str:
         """One line: how many tensors and MiB are sharded and replicated, by role."""
         parts = []
