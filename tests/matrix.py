@@ -45,9 +45,12 @@ for _package in versions.NEWEST_TESTED:
 
 
 def has(method: str) -> bool:
-    """Whether the installed peft has a method; before 0.20 nothing can make PVeRA's noise the same on all ranks."""
+    """Whether the installed peft has a method, LoRA's where the name is none.
+
+    Before 0.20 nothing can make PVeRA's noise the same on all ranks.
+    """
     comparable = method != "pvera" or versions.at_least("peft", "0.20.0")
-    return comparable and METHODS[method].exists
+    return comparable and METHODS.get(method, METHODS["lora"]).exists
 
 
 with_a_head = METHODS["lora_head"]

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 from faults import canary
-from matrix import Bench, Setup, _adapter, trial
+from matrix import Bench, Setup, trial
+from methods import tuned
 
-DROPOUT = _adapter("LoraConfig", r=4, lora_dropout=0.5)
+DROPOUT = tuned("LoraConfig", r=4, lora_dropout=0.5)
 
 
 def norms(bench: Bench, folder: Path, *, checkpointed: bool, patched: bool) -> list[float]:
