@@ -101,10 +101,10 @@ def sharded(
         left -= cost(tensor)
         chosen[tensor.name] = f"trainable: sharded, for replicas would cost each rank {cost(tensor) / 2**20:.1f} MiB"
     kept = [tensor for tensor in trained if tensor.name not in chosen]
-    why = next((barred[tensor.name] for tensor in kept if tensor.name in barred), "")
+    why = next((f", such as {item.name}: {barred[item.name]}" for item in kept if item.name in barred), "")
     rest = f"the others cost each rank {left / 2**20:.1f} MiB"
     text = f"{len(chosen)} of {len(trained)} trainable tensors are sharded, {rest}"
-    return chosen, (f"{text}, such as {kept[0].name}: {why}" if why else text,)
+    return chosen, (text + why,)
 
 
 def barred(tensors: list[Tensor], fsdp_version: int, units: dict[str, set[str]], copies: set[str]) -> dict[str, str]:
