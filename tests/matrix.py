@@ -45,12 +45,8 @@ for _package in versions.NEWEST_TESTED:
 
 
 def has(method: str) -> bool:
-    """Whether the installed peft has a method, LoRA's where the name is none.
-
-    Before 0.20 nothing can make PVeRA's noise the same on all ranks.
-    """
-    comparable = method != "pvera" or versions.at_least("peft", "0.20.0")
-    return comparable and METHODS.get(method, METHODS["lora"]).exists
+    """Whether the installed peft has a method, LoRA's where the name is none."""
+    return METHODS.get(method, METHODS["lora"]).exists
 
 
 with_a_head = METHODS["lora_head"]
@@ -111,9 +107,9 @@ GROUPS: list[tuple[list[str], list[Setup]]] = [
     (
         list(ON_LLAMA),
         [
-            *_on("f1", "bf16", *_TRAINING),
+            *_on("f1", "bf16", "size", *_TRAINING),
             *_on("f1-flat", "clip+sgd"),
-            *_on("f2", "bf16+amp", "4bit-fp32+amp", "clip+sgd", "ac", "ram", "ram+amp", *_TRAINING),
+            *_on("f2", "bf16+amp", "4bit-fp32+amp", "clip+sgd", "ac", "ram", "ram+amp", "size", *_TRAINING),
             DDP,
         ],
     ),

@@ -1,7 +1,6 @@
 """Every PEFT method of the newest peft, as functions that put it on a base model.
 
-A method that draws random numbers in its forward gets a fixed pattern in their place, so that ranks can be compared
-with one process; `random_forward` has the plain one, of which less can be asserted.
+A method that draws random numbers in its forward draws the same ones for the same rows in ranks and in one process.
 """
 
 from __future__ import annotations
@@ -12,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from architectures import ARCHITECTURES, LLAMA, Architecture
 from peft import get_peft_model
+from transformers import TrainerCallback
 
 from trainer_fsdp_patch import trial
 
@@ -34,6 +35,8 @@ class Method:
         even: whether its loss, or a part of it, ignores the Trainer's count of tokens, which would then multiply it by
             the number of ranks, under DDP too; it is trained on rows of equal length and without that count.
         micro: whether a forward mixes the rows of a batch, so that one process has to take the ranks' batches in turn.
+        callbacks: makes those that its schedule needs.
+        save: writes tensors of a state dict into a folder, where peft cannot save it.
         architecture: of the base.
         settings: of the configuration; a method that takes target modules gets TARGETS where it names none.
     """
@@ -46,11 +49,14 @@ class Method:
         rows: dict[str, int] | None = None,
         even: bool = False,
         micro: bool = False,
+        callbacks: Callable[[], list[Any]] = list,
+        save: Callable[[dict[str, Any], str], None] | None = None,
         architecture: Architecture = LLAMA,
         **settings: Any,
     ) -> None:
         self.config, self.build, self.settings = config, build, settings
         self.rows, self.even, self.micro = rows or {}, even or architecture.even, micro
+        self.callbacks, self.save = callbacks, save
         self.architecture, self.load = architecture, architecture.load
 
     def __call__(self, model: Any) -> Any:
@@ -81,20 +87,38 @@ def prompted(config: str, **settings: Any) -> Method:
     return Method(config, **CAUSAL, **{"num_virtual_tokens": 4, **settings})
 
 
-def _pvera(model: Any) -> Any:
-    """PVeRA with noise that depends on the position only."""
-    from peft.tuners.pvera.layer import PveraLayer
+class Schedule(TrainerCallback):  # type: ignore[misc]
+    """Lets a method weigh its gradients and allot its ranks after each step, as peft asks for."""
 
-    def reparametrize(self: Any, mu: Any, logvar: Any, adapter_name: str) -> Any:
-        if not self.training:
-            return mu
-        return mu + torch.sin(torch.arange(mu.shape[-1])).to(mu) * torch.exp(0.5 * logvar)
-
-    PveraLayer._reparametrize = reparametrize
-    return tuned("PveraConfig", **PVERA)(model)
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step)
 
 
-PVERA = {"r": 8, "projection_prng_key": 1, "d_initial": 0.1}
+def scheduled() -> list[Any]:
+    """For a method that keeps a schedule."""
+    return [Schedule()]
+
+
+keeps_a_schedule = pytest.mark.skipif(
+    not hasattr(TrainerCallback, "on_optimizer_step"), reason="this Trainer drops gradients before it calls back"
+)
+
+
+class Reseed(TrainerCallback):  # type: ignore[misc]
+    """Starts every forward of a step from one state of the random numbers.
+
+    Each rank then draws for its rows what one process draws for the same rows, taken as a batch of their own.
+    """
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.manual_seed(state.global_step)
+
+    on_substep_end = on_step_begin
+
+
+def reseeded() -> list[Any]:
+    """For a method that draws random numbers in its forward."""
+    return [Reseed()]
 
 
 def _experts(base: Any) -> dict[str, str]:
@@ -147,6 +171,15 @@ def _mixed(model: Any) -> Any:
     return model
 
 
+def _save_mixed(found: dict[str, Any], folder: str) -> None:
+    """What a user can do, since peft does not save mixed models."""
+    from safetensors.torch import save_file
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    adapters = {name: tensor.contiguous() for name, tensor in found.items() if ".lora_" in name or ".hada_" in name}
+    save_file(adapters, Path(folder) / "adapter_model.safetensors")
+
+
 def _adaption_prompt(model: Any) -> Any:
     """The one method whose parameters are bf16 on a bf16 base: with other lengths some updates are a rounding apart."""
     return get_peft_model(model, peft.AdaptionPromptConfig(adapter_len=6, adapter_layers=2, **CAUSAL))
@@ -160,13 +193,14 @@ def _shadow(model: Any) -> Any:
 ON_LLAMA: dict[str, Method] = {
     "vera": tuned("VeraConfig", r=8, projection_prng_key=1, d_initial=0.1),
     "vera_noproj": tuned("VeraConfig", r=8, projection_prng_key=1, d_initial=0.1, save_projection=False),
-    "pvera": Method("PveraConfig", _pvera),
+    "pvera": tuned("PveraConfig", r=8, projection_prng_key=1, d_initial=0.1, micro=True, callbacks=reseeded),
     "randlora": tuned("RandLoraConfig", r=8, randlora_alpha=8),
     "vblora": tuned("VBLoRAConfig", r=4, num_vectors=16, vector_length=16),
     "unilora": tuned("UniLoraConfig", r=4, theta_d_length=64),
     "tinylora": tuned("TinyLoraConfig", r=2, u=8),
     "frod": tuned("FrodConfig", progressbar=False),
     "lora": tuned("LoraConfig", r=4),
+    "lora_dropout": tuned("LoraConfig", r=4, lora_dropout=0.3, micro=True, callbacks=reseeded),
     "rslora": tuned("LoraConfig", r=4, use_rslora=True),
     "dora": tuned("LoraConfig", r=4, use_dora=True),
     "lora_bias": tuned("LoraConfig", r=4, lora_bias=True),
@@ -179,7 +213,31 @@ ON_LLAMA: dict[str, Method] = {
     "lora_ranks": tuned("LoraConfig", r=4, rank_pattern={"o_proj": 2}, alpha_pattern={"q_proj": 3}),
     "pissa": tuned("LoraConfig", r=4, init_lora_weights="pissa"),
     "adalora": tuned("AdaLoraConfig", init_r=4, target_r=2, total_step=100, orth_reg_weight=0.1, even=True, **CAUSAL),
+    "adalora_schedule": tuned(
+        "AdaLoraConfig",
+        init_r=4,
+        target_r=2,
+        tinit=0,
+        tfinal=1,
+        total_step=trial.STEPS,
+        orth_reg_weight=0.1,
+        even=True,
+        callbacks=scheduled,
+        **CAUSAL,
+    ),
     "adamss": tuned("AdamssConfig", r=16, num_subspaces=2, subspace_rank=2),
+    "adamss_schedule": tuned(
+        "AdamssConfig",
+        r=16,
+        num_subspaces=4,
+        subspace_rank=2,
+        use_asa=True,
+        asa_target_subspaces=5,
+        init_warmup=0,
+        final_warmup=1,
+        mask_interval=1,
+        callbacks=scheduled,
+    ),
     "beft": tuned("BeftConfig"),
     "boft": tuned("BOFTConfig", boft_block_size=8),
     "c3a": tuned("C3AConfig", block_size=16),
@@ -228,7 +286,7 @@ ON_LLAMA: dict[str, Method] = {
     "xlora": Method("XLoraConfig", _xlora),
     "adaption_prompt": Method("AdaptionPromptConfig", _adaption_prompt),
     "two_adapters": Method("LoraConfig", _two_adapters),
-    "mixed": Method("LoHaConfig", _mixed),
+    "mixed": Method("LoHaConfig", _mixed, save=_save_mixed),
 }
 
 

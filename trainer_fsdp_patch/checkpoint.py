@@ -180,10 +180,11 @@ def _embeddings(accelerator: Any, model: Any, known: set[str]) -> dict[str, Any]
                 if accelerator.is_main_process:
                     result[canonical(name)] = whole.detach().cpu().clone()
 
-    if isinstance(model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False):
-            collect(model.named_parameters())
-    else:
+    with contextlib.ExitStack() as stack:
+        # With units by size an embedding may be one, or be in one.
+        for unit in model.modules():
+            if isinstance(unit, FullyShardedDataParallel) and any(id(module) in wanted for module in unit.modules()):
+                stack.enter_context(FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False))
         collect(model.named_parameters())
     return result
 

@@ -142,14 +142,13 @@ def copies(model: Any) -> set[str]:
     return {names[id(parameter)] for parameter in found}
 
 
-def tuner_classes(model: Any) -> tuple[set[type], set[type]]:
-    """Classes of the adapted layers in a model, and of the tuners around it."""
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+def is_adapted(module: Any) -> bool:
+    """Whether a module is one of PEFT's that works with a layer of the base: a model, tuner or wrapper is none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers, tuners = (
-        {type(module) for module in model.modules() if isinstance(module, kind)} for kind in (BaseTunerLayer, BaseTuner)
-    )
-    return layers, tuners
+    containers = tuple(container for container, _ in _containers())
+    of_peft = type(module).__module__.startswith("peft.") and not isinstance(module, containers)
+    return of_peft or isinstance(module, BaseTunerLayer)
 
 
 def is_wrapper(module: Any) -> bool:

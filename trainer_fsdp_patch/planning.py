@@ -102,7 +102,6 @@ def make_plan(
     ignored_modules: str | Iterable[Any] | None = None,
     param_dtype: str | None = None,
     units: Iterable[str] | None = None,
-    by_size: bool = False,
     adapter_placement: str | None = None,
     adapter_budget: int | None = None,
     ranks: int = 1,
@@ -117,7 +116,6 @@ def make_plan(
         ignored_modules: the user's own, modules or a regular expression of their full names.
         param_dtype: the user's own dtype for units, such as "bfloat16"; None is what mixed_precision gives.
         units: class names of the modules that become FSDP units; None is the model's `_no_split_modules`.
-        by_size: whether units go by size instead, so that any two modules may be in different ones.
         adapter_placement: "auto", "replicate" or "shard", for trainable tensors; None is what `patch()` was given.
         adapter_budget: bytes that a replicated adapter may cost each rank under "auto", with its gradients and its
             optimizer state; None is what `patch()` was given.
@@ -135,7 +133,7 @@ def make_plan(
     users = user_ignored(model, ignored_modules)
     roots = _roots(model, units)
     odd = odd_dtypes(tensors, roots) if fsdp_version == 1 else {}
-    odd |= shared_by_units(tensors, roots, apart=by_size and fsdp_version == 1)
+    odd |= shared_by_units(tensors, roots)
     asked = budget.Settings(
         adapter_placement or budget.settings.adapter_placement,
         budget.settings.adapter_budget if adapter_budget is None else adapter_budget,
@@ -284,14 +282,11 @@ def _homes(model: Any, roots: list[str]) -> dict[str, set[str]]:
     return {name: {_unit(other, roots) for other in together} for together in names.values() for name in together}
 
 
-def shared_by_units(tensors: list[Tensor], roots: list[str], *, apart: bool) -> dict[str, str]:
-    """Frozen parameters that several FSDP units share, as LoRA's layer_replication has them, with the reason.
-
-    With `apart`, any two modules may be in different units; FSDP2 is spared such units where they are made.
-    """
+def shared_by_units(tensors: list[Tensor], roots: list[str]) -> dict[str, str]:
+    """Frozen parameters that several FSDP units share, as LoRA's layer_replication has them, with the reason."""
     shared = {}
     for tensor in tensors:
-        found = sorted({name.rpartition(".")[0] if apart else _unit(name, roots) for name in tensor.names})
+        found = sorted({_unit(name, roots) for name in tensor.names})
         if len(found) > 1 and tensor.kind == "parameter" and tensor.role != ADAPTER:
             shared[tensor.name] = f"shared by {len(found)} units, such as {found[0] or 'the root'} and {found[1]}"
     return shared

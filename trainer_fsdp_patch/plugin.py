@@ -8,11 +8,13 @@ import functools
 import os
 from typing import TYPE_CHECKING, Any
 
-from trainer_fsdp_patch import inventory, planning
+from trainer_fsdp_patch import inventory, planning, units
 from trainer_fsdp_patch.errors import PlanError, message, warn
 from trainer_fsdp_patch.prepared import Prepared
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from trainer_fsdp_patch.planning import Plan
 
 _ASKED = "_trainer_fsdp_patch_asked"
@@ -83,24 +85,25 @@ def unit_classes(plugin: Any) -> Any:
     """Class names of the units; None for the model's own, and none at all where units go by size."""
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-    if plugin.auto_wrap_policy is None:
+    given = _users_policy(plugin)
+    if given is None:
         # Releases before accelerate 1.0 read the environment when they wrap.
         by_class = os.environ.get("FSDP_AUTO_WRAP_POLICY") == "TRANSFORMER_BASED_WRAP"
         named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
         return (named.split(",") if named else None) if by_class else ()
-    policy = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)
-    if policy is not transformer_auto_wrap_policy:
+    if getattr(given, "func", given) is not transformer_auto_wrap_policy:
         return ()
-    classes = getattr(plugin.auto_wrap_policy, "keywords", {}).get("transformer_layer_cls")
+    classes = getattr(given, "keywords", {}).get("transformer_layer_cls")
     names = getattr(plugin, "transformer_cls_names_to_wrap", None)
     return [item.__name__ for item in classes] if classes else names
 
 
-def by_size(plugin: Any) -> bool:
-    """Whether units go by size."""
-    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
-
-    return getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is size_based_auto_wrap_policy
+def _users_policy(plugin: Any) -> Any:
+    """The plugin's wrap policy without what we have put around it."""
+    policy = plugin.auto_wrap_policy
+    while getattr(policy, "func", None) in (_allowed, _or_own):
+        policy = policy.keywords["policy"]
+    return policy
 
 
 def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
@@ -124,7 +127,6 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
         ignored_modules=user_ignored(plugin),
         param_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         units=unit_classes(plugin),
-        by_size=by_size(plugin),
         ranks=accelerator.num_processes,
     )
     buffers = getattr(policy, "buffer_dtype", None)
@@ -161,8 +163,7 @@ def set_flags(prepared: Prepared, plugin: Any, explicit: Any) -> None:
         plugin.mixed_precision_policy = policy
         setattr(plugin, _POLICY, policy)
     if plan.fsdp_version == 1:
-        _size_whole_layers(prepared.model(), plugin)
-        _own_units(prepared, plugin)
+        _wrap_policy(prepared, plugin)
         users = user_ignored(plugin)
         plugin.ignored_modules = _ignored(prepared)
         setattr(plugin, _IGNORED, (plugin.ignored_modules, users))
@@ -182,28 +183,17 @@ def _name_units(model: Any, plugin: Any) -> None:
         plugin.transformer_cls_names_to_wrap = present
 
 
-def _size_whole_layers(model: Any, plugin: Any) -> None:
-    """Have FSDP1 take an adapted layer into one unit, where units go by size.
-
-    Adapters read the weights of the layer that they adapt outside its forward, and peft goes past its tuner's.
-    """
+def _wrap_policy(prepared: Prepared, plugin: Any) -> None:
+    """Keep FSDP1's units by size to modules that can be units, and add those of whole modules that are trained."""
     from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
-    if plugin.auto_wrap_policy is not size_based_auto_wrap_policy or not plugin.min_num_params:
-        return
-    policy: Any = size_based_auto_wrap_policy
-    layers, tuners = inventory.tuner_classes(model)
-    plugin.auto_wrap_policy = functools.partial(
-        policy,
-        min_num_params=plugin.min_num_params,
-        force_leaf_modules=policy.FORCE_LEAF_MODULES | layers,
-        exclude_wrap_modules=policy.EXCLUDE_WRAP_MODULES | tuners,
-    )
-
-
-def _own_units(prepared: Prepared, plugin: Any) -> None:
-    """Give FSDP1 a unit for each whole module that is trained and sharded, beside those that it makes anyway."""
     model, wanted = prepared.model(), set(prepared.sharded)
+    plugin.auto_wrap_policy = _users_policy(plugin)
+    plugin.set_auto_wrap_policy(model)
+    if getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is size_based_auto_wrap_policy:
+        plugin.auto_wrap_policy = functools.partial(
+            _allowed, policy=plugin.auto_wrap_policy, barred=units.barred(model)
+        )
     if not wanted:
         return
     names = {id(tensor): name for name, _, _, _, tensor, _ in inventory.named_tensors(model)}
@@ -212,8 +202,13 @@ def _own_units(prepared: Prepared, plugin: Any) -> None:
         for copy_of_base in getattr(module, "modules_to_save", {}).values():
             if any(names[id(parameter)] in wanted for parameter in copy_of_base.parameters()):
                 own.add(id(copy_of_base))
-    plugin.set_auto_wrap_policy(model)
     plugin.auto_wrap_policy = functools.partial(_or_own, policy=plugin.auto_wrap_policy, own=frozenset(own))
+
+
+def _allowed(module: Any, recurse: bool, nonwrapped_numel: int, *, policy: Any, barred: Callable[[Any], bool]) -> bool:
+    """A wrap policy of torch's kind."""
+    wanted = policy(module=module, recurse=recurse, nonwrapped_numel=nonwrapped_numel)
+    return bool(wanted) and (recurse or not barred(module))
 
 
 def _or_own(module: Any, recurse: bool, nonwrapped_numel: int, *, policy: Any, own: frozenset[int]) -> bool:

@@ -9,6 +9,7 @@ import dataclasses
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import tempfile
 import time
@@ -255,8 +256,9 @@ def train(
         setup: the case.
         configure: takes the base model, returns the PEFT model. Where it has them, these attributes are heeded: `load`
             and `dataset` in place of this module's, `rows` (columns that the data has beside the model's), `even`
-            (its loss ignores the Trainer's count of tokens) and `micro` (its forward mixes the rows of a batch, so
-            that one process takes a batch in two parts).
+            (its loss ignores the Trainer's count of tokens), `micro` (its forward mixes the rows of a batch, so that
+            one process takes a batch in two parts), `callbacks` (makes those of its schedule) and `save` (writes what
+            peft cannot save from the model's state dict, which is gathered, into a folder).
         base: folder of the base model.
         folder: where the adapter is written.
         ranks: number of processes.
@@ -280,19 +282,29 @@ def train(
         model=model,
         args=given,
         train_dataset=getattr(configure, "dataset", dataset)(STEPS * (setup.batch or BATCH) * setup.accumulation),
-        callbacks=[recorder],
+        callbacks=[*getattr(configure, "callbacks", list)(), recorder],
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    save = getattr(configure, "save", None)
     if ranks == 1:
-        model.save_pretrained(f"{folder}/init")
+        _save(trainer, save, f"{folder}/init")
     trainer.train(resume_from_checkpoint=setup.resume or None)
     with recorder.count() as counted:
-        trainer.save_model(folder)
+        _save(trainer, save, folder)
     outcome: Outcome = recorder.outcome
     outcome.extra["saved_collectives"] = counted.total
     outcome.folder = folder
     outcome.norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     return outcome
+
+
+def _save(trainer: Any, save: Any, folder: str) -> None:
+    if save is None:
+        trainer.save_model(folder)
+        return
+    found = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.is_world_process_zero():
+        save(found, folder)
 
 
 def counter() -> Any:
@@ -384,7 +396,7 @@ def launch(function: Callable[..., Outcome], *args: Any, ranks: int) -> list[Out
         for child in children:
             child.start()
         _wait(children)
-        return [_read(Path(f"{folder}/{rank}")) for rank in range(ranks)]
+        return [_read(Path(f"{folder}/{rank}"), child.exitcode) for rank, child in enumerate(children)]
 
 
 def _wait(children: list[Any]) -> None:
@@ -400,9 +412,11 @@ def _wait(children: list[Any]) -> None:
         child.join()
 
 
-def _read(path: Path) -> Outcome:
-    if not path.exists():
+def _read(path: Path, code: int | None) -> Outcome:
+    if not path.exists() and code == -signal.SIGKILL:
         return Outcome(error="hung: it waited for another rank until it was killed")
+    if not path.exists():
+        return Outcome(error=f"ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with {code}")
     outcome: Outcome = pickle.loads(path.read_bytes())
     return outcome
 
@@ -500,6 +514,9 @@ def _alike(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 def _error(key: str, before: Any, wanted: Any, found: Any) -> Verdict:
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         return Verdict(f"{key} is {found.dtype} {list(found.shape)}", float("nan"))
+    if before.shape != wanted.shape:
+        # A method that cuts its ranks saves other shapes than it began with.
+        before = wanted.new_zeros(wanted.shape)
     update, difference = (float((wanted.double() - other.double()).norm()) for other in (before, found))
     if update == 0:
         return Verdict(f"{key} is frozen and was changed" if difference else "", difference)

@@ -1,9 +1,10 @@
-"""What becomes a unit of FSDP2: accelerate asks for more than torch can give it, and both fail on what is shared."""
+"""What must not be a unit of FSDP: policies go by size or by class, and see neither what is shared nor who reads it."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from trainer_fsdp_patch.shadowing import shadowed
 
 @contextlib.contextmanager
 def chosen(model: Any) -> Iterator[None]:
-    """Around accelerate's sharding of a planned model: what cannot be a unit stays with the one around it.
+    """Around accelerate's FSDP2 of a planned model: what cannot be a unit stays with the one around it.
 
     Args:
         model: planned; what is set aside is hidden already.
@@ -26,13 +27,13 @@ def chosen(model: Any) -> Iterator[None]:
 
     upstream: Any = vars(fsdp)["fully_shard"]
     ignores = "ignored_params" in inspect.signature(upstream).parameters
-    others, parts = _others(model), _no_units(model)
+    within, others = parts(model), _others(model)
 
     def fully_shard(module: Any, **kwargs: Any) -> Any:
         if not ignores and kwargs.pop("ignored_params", None):
             _refuse_ignored()
         modules = module if isinstance(module, (list, tuple)) else [module]
-        if module is not model and not all(_is_unit(item) and id(item) not in parts for item in modules):
+        if module is not model and not all(_is_unit(item) and id(item) not in within for item in modules):
             return module
         if module is not model and _reaches_outside(modules, others):
             return module
@@ -57,19 +58,40 @@ def _others(model: Any) -> dict[int, set[int]]:
     return others
 
 
-def _no_units(model: Any) -> set[int]:
+def barred(model: Any) -> Callable[[Any], bool]:
+    """Which modules must not be units of their own, for a wrap policy of FSDP1.
+
+    FSDP1 puts a unit in a module's place in one parent; another, as prompt learning is of embeddings, would miss it.
+
+    Args:
+        model: before it is wrapped.
+    """
+    parents = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    within = parts(model) | {child for child, count in parents.items() if count > 1}
+    others = _others(model)
+    return lambda module: id(module) in within or _reaches_outside([module], others)
+
+
+def parts(model: Any) -> set[int]:
     """Modules that work as a part of a unit only, by identity.
 
-    Adapters read the weights of the layer that they adapt outside its forward, peft goes past the forward of its
-    tuner, and transformers finds what a sub-model records by the name of its class, which FSDP2 changes.
+    Adapters read what is below the layer that they adapt outside its forward, or hand on more than tensors around a
+    whole block, in which FSDP finds nothing to hook; peft goes past the forward of its tuner, and transformers finds
+    what a sub-model records by the name of its class, which FSDP2 changes.
     """
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTuner
     from transformers import PreTrainedModel
 
-    modules = list(model.modules())
-    adapted = [getattr(item, "base_layer", None) for item in modules if isinstance(item, BaseTunerLayer)]
-    passed = [item for item in modules if isinstance(item, (BaseTuner, PreTrainedModel))]
-    return {id(item) for item in (*adapted, *passed)}
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    found = set()
+    for module in model.modules():
+        adapted = inventory.is_adapted(module)
+        around = type(getattr(module, "base_layer", None)).__name__ in blocks
+        if isinstance(module, (BaseTuner, PreTrainedModel)) or (adapted and around):
+            found.add(id(module))
+        elif adapted:
+            found.update(id(item) for item in module.modules() if item is not module)
+    return found
 
 
 def _is_unit(module: Any) -> bool:

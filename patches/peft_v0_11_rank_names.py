@@ -1,0 +1,20 @@
+"""Lets AdaLora note which ranks it keeps by canonical names, which the names of the saved tensors are.
+
+Upstream: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/adalora/layer.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import checkpoint
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft.tuners.adalora.layer")
+
+
+@patch.wrap("RankAllocator.update_and_allocate", "self", "model", "global_step", "force_mask")
+@patch.wrap("RankAllocator.mask_using_rank_pattern", "self", "model", "rank_pattern")
+def canonical_ranks(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hand over the model with the names that state dicts use."""
+    return checkpoint.call_with_canonical_names(wrapped, *args, **kwargs)

@@ -1,0 +1,47 @@
+"""Methods that draw random numbers in their forward, as a user trains them: the ranks' generators run on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from faults import FLAVOURS
+from matrix import METHODS, Bench, Setup, trial
+from methods import tuned
+from safetensors.torch import load_file
+
+SETTINGS = {
+    "pvera": ("PveraConfig", {"r": 8, "projection_prng_key": 1}),
+    "dropout": ("LoraConfig", {"lora_dropout": 0.3}),
+}
+
+
+@pytest.mark.parametrize("amp", ["no", "bf16"])
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_ranks_agree_though_each_draws_noise(bench: Bench, tmp_path: Path, name: str, fsdp: int, amp: str) -> None:
+    """What the noise does to a step is compared in the matrix, where ranks and one process draw the same."""
+    config, settings = SETTINGS[name]
+    method = tuned(config, **settings)
+    if not method.exists:
+        pytest.skip(f"this peft has no {config}")
+    setup = Setup("noisy", fsdp=fsdp, amp=amp)
+    outcomes = trial.launch(trial.train, setup, method, bench.base, str(tmp_path), 2, True, ranks=2)
+    assert [outcome.error for outcome in outcomes] == ["", ""]
+    first, second = (outcome.steps for outcome in outcomes)
+    for ours, theirs in zip(first, second, strict=True):
+        assert all(tensor.isfinite().all() and tensor.equal(theirs[key]) for key, tensor in ours.items())
+    assert any(not tensor.equal(first[-1][key]) for key, tensor in first[0].items())
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert {key for key in saved if "lambda" in key or "lora" in key}
+
+
+def test_noise_is_compared_and_not_only_its_mean(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the same draws the comparison of the matrix fails, so it does see them."""
+    setup = Setup("f2 fp32", fsdp=max(FLAVOURS))
+    _, same = bench.cell("lora_dropout", setup, patched=True)
+    assert same.right
+    monkeypatch.setattr(METHODS["lora_dropout"], "callbacks", list)
+    _, other = bench.cell("lora_dropout", setup, patched=True)
+    assert other.error.startswith("off by")
