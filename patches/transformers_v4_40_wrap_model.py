@@ -23,7 +23,7 @@ patch = Patch(
         "accelerate_v1_8_autocast",
         "accelerate_v1_13_fsdp2_prepare_model",
         "accelerate_v1_15_checkpoint",
-        "peft_v0_15_state_dict_names",
+        "peft_v0_11_state_dict_names",
         "peft_v0_21_state_dict_names",
         "torch_v2_2_grad_norm",
         "transformers_v4_40_fsdp_plugin",

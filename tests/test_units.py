@@ -40,6 +40,16 @@ def test_what_an_adapter_reads_stays_with_it() -> None:
     assert not {layer, f"{layer}.self_attn", f"{layer}.self_attn.q_proj", f"{layer}.mlp.up_proj"} & barred
 
 
+@pytest.mark.parametrize("method", ["lora", "mixed", "adaption_prompt", "prompt"])
+def test_models_and_tuners_go_past_their_children_and_their_layers_may_be_units(method: str) -> None:
+    model = METHODS[method](llama())
+    parts = named(model, lambda module: id(module) in units.parts(model))
+    assert "base_model" in parts
+    layers = [name for name in dict(model.named_modules()) if name.endswith(("layers.0", "layers.0.mlp.up_proj"))]
+    assert len(layers) == 2
+    assert not parts & set(layers)
+
+
 def test_a_module_with_two_parents_is_no_unit_nor_is_one_of_them() -> None:
     model = METHODS["prompt"](llama())
     barred = named(model, units.barred(model))

@@ -142,13 +142,27 @@ def copies(model: Any) -> set[str]:
     return {names[id(parameter)] for parameter in found}
 
 
+def tuners(model: Any) -> set[Any]:
+    """PEFT's tuners in a model: what its models have as base_model, or stand around the base without one."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    modules = list(model.modules())
+    found = {item for item in modules if isinstance(item, BaseTuner)}
+    return found | {item._modules["base_model"] for item in modules if _of_peft(item) and "base_model" in item._modules}
+
+
 def is_adapted(module: Any) -> bool:
-    """Whether a module is one of PEFT's that works with a layer of the base: a model, tuner or wrapper is none."""
+    """Whether a module is one of PEFT's that works with a layer of the base; no model, wrapper or container is one."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    containers = tuple(container for container, _ in _containers())
-    of_peft = type(module).__module__.startswith("peft.") and not isinstance(module, containers)
-    return of_peft or isinstance(module, BaseTunerLayer)
+    containers = tuple(container for container, child in _containers() if child != "base_layer")
+    if isinstance(module, containers) or "base_model" in module._modules:
+        return False
+    return _of_peft(module) or isinstance(module, BaseTunerLayer)
+
+
+def _of_peft(module: Any) -> bool:
+    return type(module).__module__.startswith("peft.")
 
 
 def is_wrapper(module: Any) -> bool:

@@ -79,14 +79,15 @@ def fsdp(setup: Setup) -> dict[str, Any]:
         config["version"] = setup.fsdp
     else:
         os.environ["FSDP_VERSION"] = str(setup.fsdp)
-    if setup.wrap or setup.hybrid:
-        assert at_least("transformers", "5.10.0"), "older releases are asked for these in other ways"
-        config |= {"auto_wrap_policy": _POLICIES[setup.wrap], "min_num_params": 4000 if setup.wrap == "size" else 0}
-        config |= {"reshard_after_forward": "hybrid_shard"} if setup.hybrid and setup.fsdp == 1 else {}
+    if setup.wrap:
+        config["min_num_params"] = 4000 if setup.wrap == "size" else 0
     if at_least("transformers", "5.10.0"):
+        config |= {"auto_wrap_policy": _POLICIES[setup.wrap]} if setup.wrap or setup.hybrid else {}
+        config |= {"reshard_after_forward": "hybrid_shard"} if setup.hybrid and setup.fsdp == 1 else {}
         return {"fsdp": True, "fsdp_config": {**config, "state_dict_type": state_dict_type(setup)}}
+    assert not setup.hybrid, "older releases are asked for this in other ways"
     os.environ["FSDP_STATE_DICT_TYPE"] = state_dict_type(setup)
-    return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
+    return {"fsdp": "full_shard" if setup.wrap == "none" else "full_shard auto_wrap", "fsdp_config": config}
 
 
 def replicas(setup: Setup) -> dict[str, Any]:

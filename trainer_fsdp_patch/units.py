@@ -79,15 +79,15 @@ def parts(model: Any) -> set[int]:
     whole block, in which FSDP finds nothing to hook; peft goes past the forward of its tuner, and transformers finds
     what a sub-model records by the name of its class, which FSDP2 changes.
     """
-    from peft.tuners.tuners_utils import BaseTuner
     from transformers import PreTrainedModel
 
     blocks = set(getattr(model, "_no_split_modules", None) or ())
-    found = set()
+    tuners = inventory.tuners(model)
+    found = {id(item) for item in tuners}
     for module in model.modules():
-        adapted = inventory.is_adapted(module)
+        adapted = module not in tuners and inventory.is_adapted(module)
         around = type(getattr(module, "base_layer", None)).__name__ in blocks
-        if isinstance(module, (BaseTuner, PreTrainedModel)) or (adapted and around):
+        if isinstance(module, PreTrainedModel) or (adapted and around):
             found.add(id(module))
         elif adapted:
             found.update(id(item) for item in module.modules() if item is not module)

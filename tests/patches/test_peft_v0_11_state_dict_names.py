@@ -1,14 +1,14 @@
-"""Names of modules_to_save and trainable tokens have FSDP's segments in them, and peft looks for them."""
+"""Names of modules_to_save, trainable tokens and embeddings have FSDP's segments in them, and peft looks for them."""
 
 from pathlib import Path
 from typing import Any
 
-from faults import canary, equals_one_process
+from faults import canary, equals_one_process, where
 from matrix import Bench, Setup, trial
 
 
 def test_canary() -> None:
-    canary("peft_v0_15_state_dict_names")
+    canary("peft_v0_11_state_dict_names")
 
 
 def norms_to_save(model: Any) -> Any:
@@ -19,6 +19,7 @@ def norms_to_save(model: Any) -> Any:
     return get_peft_model(model, config)
 
 
+@where("peft>=0.15.dev0")
 def test_modules_inside_units_are_saved(bench: Bench, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(trial, "TIMEOUT", 20.0)
     setup = Setup("aux", fsdp=1)

@@ -1,4 +1,4 @@
-"""Finds modules_to_save and trainable tokens by canonical names, so that nested wrappers do not hide them.
+"""Finds modules_to_save, trainable tokens and embeddings by canonical names, so that nested wrappers do not hide them.
 
 Upstream: https://github.com/huggingface/peft/pull/2681
 """
@@ -12,7 +12,7 @@ from trainer_fsdp_patch.registry import Patch
 
 PARAMETERS = ("model", "state_dict", "adapter_name", "unwrap_compiled", "save_embedding_layers")
 
-patch = Patch(__name__, versions="peft>=0.15.dev0", target="peft")
+patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft")
 
 
 @patch.wrap("get_peft_model_state_dict", *PARAMETERS)
