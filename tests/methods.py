@@ -32,8 +32,8 @@ class Method:
         config: name of peft's configuration class.
         build: takes the base model; None for a plain `get_peft_model`.
         rows: columns that each row of the data has beside the tokens, as scalars.
-        even: whether its loss, or a part of it, ignores the Trainer's count of tokens, which would then multiply it by
-            the number of ranks, under DDP too; it is trained on rows of equal length and without that count.
+        even: whether its loss, or a part of it, ignores the Trainer's count of tokens; it is trained on rows of equal
+            length, and without that count under DDP, where upstream multiplies the loss by the number of ranks.
         micro: whether a forward mixes the rows of a batch, so that one process has to take the ranks' batches in turn.
         callbacks: makes those that its schedule needs.
         save: writes tensors of a state dict into a folder, where peft cannot save it.

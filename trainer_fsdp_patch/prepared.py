@@ -30,6 +30,7 @@ class Prepared:
         liveness: whether training moves it, from `watch` on.
         loading: whether a Trainer is reading a checkpoint; failure: why this rank refused it, or ""; read: what it has
             read of sharded tensors.
+        counted: a step's count of items over all ranks, and the share of one.
     """
 
     def __init__(self, model: Any, plan: Plan, groups: Sequence[Any], *, native: bool = False) -> None:
@@ -41,6 +42,7 @@ class Prepared:
         self.loading, self.failure = False, ""
         self.read: dict[str, Any] = {}
         self.liveness: Liveness | None = None
+        self.counted: tuple[Any, float] = (None, 0.0)
         self._pending: set[int] = set()
         self.refresh()
 

@@ -272,7 +272,8 @@ def train(
         setup = dataclasses.replace(setup, micro=2)
     given = enter(setup, folder, ranks, patched=patched)
     given.remove_unused_columns = not getattr(configure, "rows", {})
-    if getattr(configure, "even", False):
+    if getattr(configure, "even", False) and not setup.fsdp:
+        # DDP is left to upstream, which multiplies such a loss by the number of ranks.
         given.average_tokens_across_devices = False
     torch.manual_seed(0)
     model = configure(getattr(configure, "load", load_base)(base, setup))

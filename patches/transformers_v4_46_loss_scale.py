@@ -1,0 +1,19 @@
+"""Keeps the number of ranks out of losses that ignore the Trainer's count of tokens, or do so in part.
+
+Upstream: https://github.com/huggingface/transformers/blob/v4.46.2/src/transformers/trainer.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import scaling
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="transformers>=4.46.2", target="transformers.trainer")
+
+
+@patch.wrap("Trainer.compute_loss", "self", "model", "inputs", "return_outputs", "num_items_in_batch")
+def share_of_the_count(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hand the count over as a rank's share."""
+    return scaling.compute_loss(wrapped, instance, *args, **kwargs)
