@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import tempfile
@@ -86,4 +87,9 @@ def import_targets() -> None:
         warnings.simplefilter("ignore")
         for name in ("peft", "transformers.trainer", "transformers.models.llama.modeling_llama", *sorted(targets)):
             importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        # A table of thousands of expressions, which each rank would compile as it loads its first model.
+        get_checkpoint_conversion_mapping("llama")
     torch.set_num_threads(1)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import pickle
@@ -394,8 +395,11 @@ def launch(function: Callable[..., Outcome], *args: Any, ranks: int) -> list[Out
             context.Process(target=_child, args=(function, args, rank, ranks, port, f"{folder}/{rank}"))
             for rank in range(ranks)
         ]
+        # What is here before the fork is nobody's garbage, and collections in the ranks need not walk all of torch.
+        gc.freeze()
         for child in children:
             child.start()
+        gc.unfreeze()
         _wait(children)
         return [_read(Path(f"{folder}/{rank}"), child.exitcode) for rank, child in enumerate(children)]
 
