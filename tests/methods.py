@@ -270,6 +270,7 @@ ON_LLAMA: dict[str, Method] = {
     "osf": tuned("OSFConfig"),
     "p_tuning": prompted("PromptEncoderConfig", encoder_hidden_size=16),
     "peanut": tuned("PeanutConfig", r=4),
+    "poly": tuned("PolyConfig", r=4, n_tasks=2, rows={"task_ids": 1}, micro=True, callbacks=reseeded, **CAUSAL),
     "prefix": prompted("PrefixTuningConfig"),
     "prefix_mlp": prompted("PrefixTuningConfig", prefix_projection=True, encoder_hidden_size=16),
     "prompt": prompted("PromptTuningConfig"),
