@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from faults import FLAVOURS, canary, fault_without, where
 from matrix import METHODS, Bench, Setup, reference_of, trial
+from transformers import BertForSequenceClassification, T5ForConditionalGeneration
 
 NAME = "transformers_v4_46_loss_scale"
 
@@ -22,6 +24,9 @@ def test_canary() -> None:
 @pytest.mark.parametrize("method", ["bert lora", "t5 lora", "adalora", "cpt"])
 def test_losses_and_parts_of_them(bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str, fsdp: int) -> None:
     """A classifier's, one that the model computes itself, a penalty beside a normalised one, and a method's own."""
+    takes_counts = {"bert lora": BertForSequenceClassification, "t5 lora": T5ForConditionalGeneration}
+    if method in takes_counts and "kwargs" not in inspect.signature(takes_counts[method].forward).parameters:
+        pytest.skip(f"{method.split()[0]} takes no count in this release, so its loss is not multiplied")
     fault_without(NAME, bench, monkeypatch, method, Setup("scale", fsdp=fsdp), "off by")
 
 
