@@ -76,21 +76,26 @@ def canary(name: str) -> None:
 
 def fault(bench: Bench, method: str, setup: Setup, expected: str) -> None:
     """Stock fails with `expected` on these versions, and the patched run equals one process."""
-    if not has(method):
-        pytest.skip(f"this peft has no {method}")
-    missing = bench.has_reference(method, setup)
-    if missing:
-        pytest.skip(f"one process does not train {method} either: {missing}")
+    _skip_without_reference(bench, method, setup)
     _, stock = bench.cell(method, setup, patched=False)
     assert expected in stock.error
     _, patched = bench.cell(method, setup, patched=True)
     assert patched.right, patched.error
 
 
+def _skip_without_reference(bench: Bench, method: str, setup: Setup) -> None:
+    if not has(method):
+        pytest.skip(f"this peft has no {method}")
+    missing = bench.has_reference(method, setup)
+    if missing:
+        pytest.skip(f"one process does not train {method} either: {missing}")
+
+
 def fault_without(
     name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str, setup: Setup, expected: str
 ) -> None:
     """The same where stock does not come as far: with all other patches it fails with `expected`."""
+    _skip_without_reference(bench, method, setup)
     with monkeypatch.context() as context:
         context.setenv(registry.DISABLE, name)
         _, others = bench.cell(method, setup, patched=True)
