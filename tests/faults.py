@@ -76,14 +76,15 @@ def canary(name: str) -> None:
 
 def fault(bench: Bench, method: str, setup: Setup, expected: str) -> None:
     """Stock fails with `expected` on these versions, and the patched run equals one process."""
-    _skip_without_reference(bench, method, setup)
+    skip_without_reference(bench, method, setup)
     _, stock = bench.cell(method, setup, patched=False)
     assert expected in stock.error
     _, patched = bench.cell(method, setup, patched=True)
     assert patched.right, patched.error
 
 
-def _skip_without_reference(bench: Bench, method: str, setup: Setup) -> None:
+def skip_without_reference(bench: Bench, method: str, setup: Setup) -> None:
+    """Skip a test whose method this peft lacks, or that one process cannot train either."""
     if not has(method):
         pytest.skip(f"this peft has no {method}")
     missing = bench.has_reference(method, setup)
@@ -95,7 +96,7 @@ def fault_without(
     name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str, setup: Setup, expected: str
 ) -> None:
     """The same where stock does not come as far: with all other patches it fails with `expected`."""
-    _skip_without_reference(bench, method, setup)
+    skip_without_reference(bench, method, setup)
     with monkeypatch.context() as context:
         context.setenv(registry.DISABLE, name)
         _, others = bench.cell(method, setup, patched=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from faults import FLAVOURS
+from faults import FLAVOURS, skip_without_reference
 from matrix import METHODS, Bench, Setup
 from test_plan import llama
 
@@ -18,12 +18,8 @@ from trainer_fsdp_patch import units
 )
 def test_units_by_size(bench: Bench, method: str, fsdp: int) -> None:
     """Adapters that read below the layer they adapt, share modules with the base or hand on more than tensors."""
-    if not METHODS[method].exists:
-        pytest.skip(f"this peft has no {method}")
     setup = Setup(f"f{fsdp} size", fsdp=fsdp, wrap="size")
-    missing = bench.has_reference(method, setup)
-    if missing:
-        pytest.skip(f"one process does not train {method} either: {missing}")
+    skip_without_reference(bench, method, setup)
     _, verdict = bench.cell(method, setup, patched=True)
     assert verdict.right, verdict.error
 

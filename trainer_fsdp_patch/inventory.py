@@ -129,17 +129,16 @@ def _containers() -> tuple[tuple[type, str], ...]:
     )
 
 
+def copied_modules(model: Any) -> list[Any]:
+    """Whole modules that are trained in place of the base's, as modules_to_save has them."""
+    wrappers = filter(is_wrapper, model.modules())
+    return [copy for module in wrappers for copy in getattr(module, "modules_to_save", {}).values()]
+
+
 def copies(model: Any) -> set[str]:
-    """Names of the parameters of whole modules that are trained in place of the base's, as modules_to_save has them."""
+    """Names of the parameters of such modules."""
     names = {id(tensor): name for name, _, _, _, tensor, _ in named_tensors(model)}
-    found = [
-        parameter
-        for module in model.modules()
-        if is_wrapper(module)
-        for copy in getattr(module, "modules_to_save", {}).values()
-        for parameter in copy.parameters()
-    ]
-    return {names[id(parameter)] for parameter in found}
+    return {names[id(parameter)] for module in copied_modules(model) for parameter in module.parameters()}
 
 
 def tuners(model: Any) -> set[Any]:

@@ -197,12 +197,12 @@ def _wrap_policy(prepared: Prepared, plugin: Any) -> None:
     if not wanted:
         return
     names = {id(tensor): name for name, _, _, _, tensor, _ in inventory.named_tensors(model)}
-    own = set()
-    for module in filter(inventory.is_wrapper, model.modules()):
-        for copy_of_base in getattr(module, "modules_to_save", {}).values():
-            if any(names[id(parameter)] in wanted for parameter in copy_of_base.parameters()):
-                own.add(id(copy_of_base))
-    plugin.auto_wrap_policy = functools.partial(_or_own, policy=plugin.auto_wrap_policy, own=frozenset(own))
+    own = frozenset(
+        id(module)
+        for module in inventory.copied_modules(model)
+        if any(names[id(parameter)] in wanted for parameter in module.parameters())
+    )
+    plugin.auto_wrap_policy = functools.partial(_or_own, policy=plugin.auto_wrap_policy, own=own)
 
 
 def _allowed(module: Any, recurse: bool, nonwrapped_numel: int, *, policy: Any, barred: Callable[[Any], bool]) -> bool:
