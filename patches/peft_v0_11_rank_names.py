@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import checkpoint
+from trainer_fsdp_patch import naming
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft.tuners.adalora.layer")
@@ -17,4 +17,4 @@ patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft.tuners.adalora.
 @patch.wrap("RankAllocator.mask_using_rank_pattern", "self", "model", "rank_pattern")
 def canonical_ranks(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hand over the model with the names that state dicts use."""
-    return checkpoint.call_with_canonical_names(wrapped, *args, **kwargs)
+    return naming.call_with_canonical_names(wrapped, *args, **kwargs)

@@ -5,7 +5,7 @@ from faults import canary, fault
 from matrix import Bench, Setup
 from torch import nn
 
-from trainer_fsdp_patch import checkpoint
+from trainer_fsdp_patch import naming
 
 
 def test_canary() -> None:
@@ -28,8 +28,8 @@ def test_names_change_only_where_a_wrapper_sits() -> None:
             self._fsdp_wrapped_module = nn.Linear(1, 1)
 
     plain = nn.Sequential(nn.Linear(1, 1))
-    assert checkpoint.with_canonical_names(plain) is plain
-    proxy = checkpoint.with_canonical_names(nn.ModuleDict({"layer": Wrapped()}))
+    assert naming.with_canonical_names(plain) is plain
+    proxy = naming.with_canonical_names(nn.ModuleDict({"layer": Wrapped()}))
     assert [name for name, _ in proxy.named_parameters()] == ["layer.weight", "layer.bias"]
     assert [name for name, _ in proxy.named_modules()] == ["", "layer", "layer"]
     assert isinstance(proxy, nn.ModuleDict)
