@@ -38,7 +38,7 @@ STACKS = [
 ]
 """transformers, accelerate and peft: the oldest, each turn of the code that the patches wrap, the newest."""
 
-IN_CI = [STACKS[0], STACKS[4], STACKS[6], STACKS[11]]
+IN_CI = [STACKS[0], STACKS[6]]
 """Those that `.ci/run` adds to the newest."""
 
 OTHER_TORCHES = [

@@ -1,9 +1,10 @@
 """Cost of a training step and of a save, stock beside patched, in one run on two CPU ranks.
 
-    python benchmarks/adapter_step.py [--repeat 3]
+    python benchmarks/adapter_step.py [--repeat 3] [--markdown]
 
 Prints medians over the repetitions: collectives a step, bytes they carry, milliseconds a step, collectives of
-a save. The model is a random Llama of 12 layers, width 512; FSDP1 and FSDP2, fp32.
+a save. All but the milliseconds are counts, which tests/test_benchmarks.py holds the README's table against.
+The model is a random Llama of 12 layers, width 512; FSDP1 and FSDP2, fp32.
 """
 
 from __future__ import annotations
@@ -27,6 +28,14 @@ from trainer_fsdp_patch import checking, trial
 from trainer_fsdp_patch.trial import Outcome, Setup
 
 STEPS = 6
+SIDES = ("stock", "patched")
+COLUMNS = {
+    "collectives": ("collectives a step", 1, 0),
+    "bytes": ("MiB a step", 2**-20, 1),
+    "seconds": ("ms a step", 1e3, 0),
+    "save": ("collectives a save", 1, 0),
+}
+"""What is measured: its heading, the factor of its unit, and digits behind the point."""
 
 
 def lora(model):
@@ -97,38 +106,55 @@ def measure(configure, fsdp: int, patched: bool, folder: str, rank: int) -> Outc
     return outcome
 
 
-def _cell(stock: float, patched: float, digits: int) -> str:
-    return f"{stock:.{digits}f} -> {patched:.{digits}f} ({patched / stock:.2f})"
+def compare(configure, fsdp: int, repeat: int) -> dict[str, tuple[float, float]]:
+    """Run stock and patched in turn, so that both see the same machine: medians of each number of COLUMNS.
+
+    Raises:
+        SystemExit: a run has ended with an error.
+    """
+    values = {side: {name: [] for name in COLUMNS} for side in SIDES}
+    for _ in range(repeat):
+        for side, kept in values.items():
+            with tempfile.TemporaryDirectory() as folder:
+                outcome = trial.launch(measure, configure, fsdp, side == "patched", str(Path(folder)), ranks=2)[0]
+            if outcome.error:
+                raise SystemExit(f"{configure.__name__} FSDP{fsdp} {side}: {outcome.error}")
+            for name, numbers in outcome.extra.items():
+                kept[name].extend(numbers)
+    return {name: tuple(statistics.median(values[side][name]) for side in SIDES) for name in COLUMNS}
+
+
+def row(configure, fsdp: int, medians: dict[str, tuple[float, float]]) -> list[str]:
+    """A line of the table: the case, then stock, patched and their ratio in each column."""
+    cells = [f"{NAMES[configure]}, FSDP{fsdp}"]
+    for name, (_, unit, digits) in COLUMNS.items():
+        stock, patched = medians[name]
+        cells.append(f"{stock * unit:.{digits}f} -> {patched * unit:.{digits}f} ({patched / stock:.2f})")
+    return cells
+
+
+NAMES = {lora: "LoRA", vera: "VeRA"}
+CASES = [(configure, fsdp) for fsdp in (1, 2) for configure in NAMES]
 
 
 def main() -> None:
-    """Run stock and patched in turn, so that both see the same machine."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=3)
-    repeat = parser.parse_args().repeat
+    parser.add_argument("--markdown", action="store_true", help="print the README's table")
+    given = parser.parse_args()
     trial.TIMEOUT = 300.0
     checking.import_targets()
-    table = Table(title=f"12 layers, width 512, 2 gloo ranks, medians of {repeat} runs", title_justify="left")
-    for column in ("case", "collectives/step", "MiB/step", "ms/step", "collectives/save"):
-        table.add_column(column)
-    for fsdp in (1, 2):
-        for configure in (lora, vera):
-            values = {side: {} for side in ("stock", "patched")}
-            for _ in range(repeat):
-                for side, kept in values.items():
-                    with tempfile.TemporaryDirectory() as folder:
-                        case = (configure, fsdp, side == "patched", str(Path(folder)))
-                        outcome = trial.launch(measure, *case, ranks=2)[0]
-                    if outcome.error:
-                        raise SystemExit(f"{configure.__name__} FSDP{fsdp} {side}: {outcome.error}")
-                    for name, numbers in outcome.extra.items():
-                        kept.setdefault(name, []).extend(numbers)
-            stock, patched = (
-                {name: statistics.median(numbers) for name, numbers in kept.items()} for kept in values.values()
-            )
-            units = {"collectives": (1, 0), "bytes": (2**-20, 1), "seconds": (1e3, 0), "save": (1, 0)}
-            cells = [_cell(stock[name] * unit, patched[name] * unit, digits) for name, (unit, digits) in units.items()]
-            table.add_row(f"{configure.__name__} FSDP{fsdp}", *cells)
+    rows = [row(configure, fsdp, compare(configure, fsdp, given.repeat)) for configure, fsdp in CASES]
+    heads = ["case", *(head for head, _, _ in COLUMNS.values())]
+    if given.markdown:
+        print("\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)))
+        return
+    table = Table(title=f"12 layers, width 512, 2 gloo ranks, medians of {given.repeat} runs", title_justify="left")
+    for head in heads:
+        table.add_column(head)
+    for cells in rows:
+        table.add_row(*cells)
     Console(width=120).print(table)
 
 

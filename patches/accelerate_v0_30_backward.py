@@ -5,18 +5,16 @@ Upstream: https://github.com/huggingface/transformers/pull/48792
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from trainer_fsdp_patch import prepared
+from trainer_fsdp_patch import gates, prepared
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="accelerate>=0.30.dev0", target="accelerate.accelerator")
 
 
-@patch.wrap("Accelerator.backward", "self", "loss", "kwargs")
+@patch.wrap("Accelerator.backward", "self", "loss", "kwargs", only=gates.accelerator)
 def average_after_backward(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """All ranks pass here once per backward; only the last one of an accumulation window averages."""
-    result = wrapped(*args, **kwargs)
-    if instance.sync_gradients:
-        prepared.average_gradients(instance)
-    return result
+    return prepared.backward(functools.partial(wrapped, *args, **kwargs), instance)

@@ -13,7 +13,7 @@ from trainer_fsdp_patch.registry import Patch
 patch = Patch(__name__, versions="accelerate>=0.30.dev0", target="accelerate.utils.dataclasses")
 
 
-@patch.wrap("FullyShardedDataParallelPlugin.__post_init__", "self")
+@patch.wrap("FullyShardedDataParallelPlugin.__post_init__", "self", only=None)
 def record_explicit_values(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Look at the fields before defaults and environment fill them."""
     asked = dict(vars(instance))

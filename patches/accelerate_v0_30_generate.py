@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import generating
+from trainer_fsdp_patch import gates, generating
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="accelerate>=0.30.dev0", target="accelerate.accelerator")
 
 
-@patch.wrap("Accelerator.prepare", "self", "args", "device_placement")
+@patch.wrap("Accelerator.prepare", "self", "args", "device_placement", only=gates.any_model)
 def generate_through_the_root(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Prepare as always, then give planned models a `generate()` that gathers the root unit."""
     result = wrapped(*args, **kwargs)

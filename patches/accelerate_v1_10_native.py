@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import applying
+from trainer_fsdp_patch import applying, gates
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="accelerate>=1.10.dev0", target="accelerate.accelerator")
 
 
-@patch.wrap("Accelerator.prepare_model", "self", "model", "device_placement", "evaluation_mode")
+@patch.wrap("Accelerator.prepare_model", "self", "model", "device_placement", "evaluation_mode", only=gates.model())
 def prepare_without_ddp(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Ask for what transformers 5.19 asks for itself."""
     return applying.prepare_natively(wrapped, *args, **kwargs)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import prepared
+from trainer_fsdp_patch import gates, prepared
 from trainer_fsdp_patch.registry import Patch
 
-patch = Patch(__name__, versions="accelerate>=1.6.dev0,<1.13.dev0", target="accelerate.accelerator")
+patch = Patch(__name__, versions="accelerate>=1.6.dev0,<1.13.dev0", target="accelerate.accelerator", vital=True)
 
 
-@patch.wrap("fsdp2_prepare_model", "accelerator", "model")
+@patch.wrap("fsdp2_prepare_model", "accelerator", "model", only=gates.model())
 def shard_the_base_only(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hide what the plan replicates while accelerate shards, and keep it from casting what is frozen."""
     model = args[1] if len(args) > 1 else kwargs["model"]

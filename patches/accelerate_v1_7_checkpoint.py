@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import resume
+from trainer_fsdp_patch import gates, resume
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="accelerate>=1.7.dev0,<1.15.dev0", target="accelerate.utils.fsdp_utils")
 
 
-@patch.wrap("_get_model_state_dict", "model", "adapter_only", "sd_options")
+@patch.wrap("_get_model_state_dict", "model", "adapter_only", "sd_options", only=gates.model())
 def whole_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Skip the upstream function for planned models: every rank holds the adapter already."""
     return resume.model_state_dict(wrapped, *args, **kwargs)
 
 
-@patch.wrap("_set_model_state_dict", "model", "state_dict", "adapter_only", "sd_options")
+@patch.wrap("_set_model_state_dict", "model", "state_dict", "adapter_only", "sd_options", only=gates.model())
 def read_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Skip the upstream function for planned models: it takes a part that fits for the whole."""
     return resume.load_model_state_dict(wrapped, *args, **kwargs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import resume
+from trainer_fsdp_patch import gates, resume
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(
@@ -19,7 +19,7 @@ patch = Patch(
 )
 
 
-@patch.wrap("_prepare_sd_options", "fsdp_plugin")
+@patch.wrap("_prepare_sd_options", "fsdp_plugin", only=gates.any_model)
 def named_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Called by the load just before it asks the optimizer what to read into."""
     resume.answer_by_name(args[0] if args else kwargs["fsdp_plugin"])

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import applying
+from trainer_fsdp_patch import applying, gates
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="accelerate>=1.8.dev0", target="accelerate.accelerator")
 
 
-@patch.wrap("fsdp2_apply_ac", "accelerator", "model")
+@patch.wrap("fsdp2_apply_ac", "accelerator", "model", only=gates.model())
 def keep_rng_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Wrap as always, then let each checkpointed layer keep its random state."""
     model = wrapped(*args, **kwargs)

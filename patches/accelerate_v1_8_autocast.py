@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import applying
+from trainer_fsdp_patch import applying, gates
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="accelerate>=1.8.dev0", target="accelerate.accelerator")
 
 
-@patch.wrap("Accelerator._prepare_fsdp2", "self", "args")
+@patch.wrap("Accelerator._prepare_fsdp2", "self", "args", only=gates.any_model)
 def autocast_the_forward(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Prepare as always, then do for planned models what FSDP1 and DDP get."""
     result = wrapped(*args, **kwargs)

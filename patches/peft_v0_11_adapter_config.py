@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import writing
+from trainer_fsdp_patch import gates, writing
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft.config")
 
 
-@patch.wrap("PeftConfigMixin.save_pretrained", "self", "save_directory", "kwargs")
+@patch.wrap("PeftConfigMixin.save_pretrained", "self", "save_directory", "kwargs", only=gates.any_model)
 def write_beside(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Write into a folder beside and rename: a full disk would leave an empty file."""
     return writing.folder(wrapped, *args, **kwargs)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import naming
+from trainer_fsdp_patch import gates, naming
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft.tuners.adalora.layer")
 
 
-@patch.wrap("RankAllocator.update_and_allocate", "self", "model", "global_step", "force_mask")
-@patch.wrap("RankAllocator.mask_using_rank_pattern", "self", "model", "rank_pattern")
+@patch.wrap("RankAllocator.update_and_allocate", "self", "model", "global_step", "force_mask", only=gates.part())
+@patch.wrap("RankAllocator.mask_using_rank_pattern", "self", "model", "rank_pattern", only=gates.part())
 def canonical_ranks(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hand over the model with the names that state dicts use."""
     return naming.call_with_canonical_names(wrapped, *args, **kwargs)

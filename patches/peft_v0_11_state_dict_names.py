@@ -1,4 +1,4 @@
-"""Finds modules_to_save, trainable tokens and embeddings by canonical names, so that nested wrappers do not hide them.
+"""Finds an adapter by canonical names, in models and given state dicts, and gives it to one rank that asks alone.
 
 Upstream: https://github.com/huggingface/peft/pull/2681
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import naming
+from trainer_fsdp_patch import gates, peft_state_dict
 from trainer_fsdp_patch.registry import Patch
 
 PARAMETERS = ("model", "state_dict", "adapter_name", "unwrap_compiled", "save_embedding_layers")
@@ -15,8 +15,13 @@ PARAMETERS = ("model", "state_dict", "adapter_name", "unwrap_compiled", "save_em
 patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft")
 
 
-@patch.wrap("get_peft_model_state_dict", *PARAMETERS)
-@patch.wrap("peft_model.get_peft_model_state_dict", *PARAMETERS)
+@patch.wrap("get_peft_model_state_dict", *PARAMETERS, only=gates.model())
 def canonical_state_dict(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Hand over the model with the names that state dicts use."""
-    return naming.call_with_canonical_names(wrapped, *args, **kwargs)
+    """Hand over the model and the state dict with canonical names."""
+    return peft_state_dict.answer(wrapped, dict(zip(PARAMETERS, args, strict=False)) | kwargs, to_file=False)
+
+
+@patch.wrap("peft_model.get_peft_model_state_dict", *PARAMETERS, only=gates.model())
+def about_to_write(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same for `PeftModel.save_pretrained`, which writes what it gets."""
+    return peft_state_dict.answer(wrapped, dict(zip(PARAMETERS, args, strict=False)) | kwargs, to_file=True)

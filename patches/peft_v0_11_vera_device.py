@@ -18,7 +18,7 @@ patch = Patch(
 )
 
 
-@patch.wrap("Linear.forward", "self", "x", "args", "kwargs")
+@patch.wrap("Linear.forward", "self", "x", "args", "kwargs", only=placing.is_apart)
 def projections_beside_the_input(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Show the layer moved copies of its projections for the time of the call."""
     with placing.beside(instance, args[0] if args else kwargs["x"]):

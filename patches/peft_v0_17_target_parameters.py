@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import placing
+from trainer_fsdp_patch import gates, placing
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="peft>=0.17.dev0", target="peft.tuners.lora.layer")
 
 
-@patch.wrap("ParamWrapper.forward", "self", "x", "args", "kwargs")
+@patch.wrap("ParamWrapper.forward", "self", "x", "args", "kwargs", only=gates.instance_inside)
 def adapt_a_sharded_parameter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Show the gathered tensor as a buffer during the forward: torch parametrizes parameters and buffers only."""
     with placing.as_buffer(instance.get_base_layer(), instance.parameter_name):

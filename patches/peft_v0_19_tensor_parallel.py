@@ -18,7 +18,9 @@ patch = Patch(
 )
 
 
-@patch.wrap("_maybe_shard_state_dict_for_tp", "model", "state_dict", "adapter_name")
+@patch.wrap(
+    "_maybe_shard_state_dict_for_tp", "model", "state_dict", "adapter_name", only=placing.lacks_embedding_parallel
+)
 def only_with_a_plan(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Skip the upstream function where no layer is tensor parallel: it would have nothing to do."""
     return placing.shard_for_tp(wrapped, *args, **kwargs)

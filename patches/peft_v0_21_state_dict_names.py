@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import naming
+from trainer_fsdp_patch import gates, naming
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="peft>=0.21.dev0", target="peft.tuners.tuners_utils")
 
 
-@patch.wrap("_get_tuner_state_dict_key_prefixes", "model", "adapter_name")
+@patch.wrap("_get_tuner_state_dict_key_prefixes", "model", "adapter_name", only=gates.part())
 def canonical_prefixes(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hand over the model with the names that state dicts use."""
     return naming.call_with_canonical_names(wrapped, *args, **kwargs)

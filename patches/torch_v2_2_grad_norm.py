@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import prepared
+from trainer_fsdp_patch import gates, prepared
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(
@@ -18,7 +18,7 @@ patch = Patch(
 )
 
 
-@patch.wrap("_get_grad_norm", "params", "norm_type")
+@patch.wrap("_get_grad_norm", "params", "norm_type", only=gates.any_model)
 def norm_in_one_order(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hand over the parameters in the order of the plan, which is that of all ranks."""
     params, *rest = args

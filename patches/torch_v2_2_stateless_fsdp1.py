@@ -1,4 +1,4 @@
-"""Resumes plain SGD under FSDP1 with sharded state dicts, of which nothing but the settings has been written.
+"""Resumes under FSDP1 from optimizers whose state is no tensor, such as the step of Adafactor, or that keep none.
 
 Upstream: https://github.com/pytorch/pytorch/blob/v2.9.0/torch/distributed/fsdp/_optim_utils.py
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import resume
+from trainer_fsdp_patch import gates, optimizer
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="torch>=2.2.dev0", target="torch.distributed.fsdp.fully_sharded_data_parallel")
@@ -16,7 +16,8 @@ patch = Patch(__name__, versions="torch>=2.2.dev0", target="torch.distributed.fs
 @patch.wrap(
     "FullyShardedDataParallel.optim_state_dict_to_load",
     "model", "optim", "optim_state_dict", "is_named_optimizer", "load_directly", "group",
+    only=gates.model(),
 )  # fmt: skip
 def load_without_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Say that there is no state, where a checkpoint leaves that out."""
-    return resume.optimizer_to_load(wrapped, *args, **kwargs)
+    """Hold what is no plain tensor, and say that there is no state where a checkpoint leaves that out."""
+    return optimizer.to_load(wrapped, *args, **kwargs)

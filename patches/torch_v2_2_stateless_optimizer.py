@@ -1,4 +1,4 @@
-"""Resumes plain SGD under FSDP2 with full state dicts, which torch stops for want of a tensor to take a device from.
+"""Resumes under FSDP2 from full state dicts of optimizers whose state is quantized tensors, or that keep none.
 
 Upstream: https://github.com/pytorch/pytorch/blob/v2.9.0/torch/distributed/checkpoint/state_dict.py
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import resume
+from trainer_fsdp_patch import gates, optimizer
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="torch>=2.2.dev0", target="torch.distributed.checkpoint.state_dict")
 
 
-@patch.wrap("set_optimizer_state_dict", "model", "optimizers", "optim_state_dict", "options")
+@patch.wrap("set_optimizer_state_dict", "model", "optimizers", "optim_state_dict", "options", only=gates.model())
 def load_without_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Ask upstream where the optimizer has kept something."""
-    return resume.load_optimizer(wrapped, *args, **kwargs)
+    """Hold what torch cannot broadcast; ask upstream where the optimizer has kept something."""
+    return optimizer.load_full(wrapped, *args, **kwargs)

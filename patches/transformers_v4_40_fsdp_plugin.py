@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import applying
+from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="transformers>=4.40.dev0,<5.2.dev0", target="transformers.trainer")
 
 
-@patch.wrap("Trainer._fsdp_qlora_plugin_updates", "self")
+@patch.wrap("Trainer._fsdp_qlora_plugin_updates", "self", only=gates.trainer)
 def leave_the_plan(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Skip the upstream function for a planned model: the plan has set policy and dtypes already."""
-    return applying.update_plugin(wrapped, instance.model)
+    return None

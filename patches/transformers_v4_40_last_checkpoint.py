@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import resume
+from trainer_fsdp_patch import gates, latest
 from trainer_fsdp_patch.registry import Patch
 
-patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers.trainer")
+patch = Patch(
+    __name__,
+    versions="transformers>=4.40.dev0",
+    target="transformers.trainer",
+    alongside=("transformers_v4_40_train", "transformers_v5_0_train"),
+)
 
 
-@patch.wrap("get_last_checkpoint", "folder")
+@patch.wrap("get_last_checkpoint", "folder", only=gates.resuming)
 def last_whole_checkpoint(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Ask upstream first; its answer stays where that checkpoint is whole, or not one of ours."""
-    return resume.last_checkpoint(wrapped, *args, **kwargs)
+    """Ask upstream first; its answer stays where the writer of that checkpoint has finished."""
+    return latest.last_checkpoint(wrapped, *args, **kwargs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import checkpoint
+from trainer_fsdp_patch import checkpoint, gates
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(
@@ -22,6 +22,7 @@ patch = Patch(
     "PreTrainedModel.save_pretrained",
     "self", "save_directory", "is_main_process", "state_dict", "save_function", "push_to_hub", "max_shard_size",
     "safe_serialization", "variant", "token", "save_peft_format", "kwargs",
+    only=gates.instance_planned,
 )  # fmt: skip
 def save_what_was_gathered(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The upstream function asks the model again on rank 0, where FSDP1 waits for the other ranks for ever."""

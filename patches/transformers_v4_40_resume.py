@@ -7,26 +7,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import resume
+from trainer_fsdp_patch import gates, resume
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers.trainer")
 
 
-@patch.wrap("Trainer._load_from_checkpoint", "self", "resume_from_checkpoint", "model")
+@patch.wrap("Trainer._load_from_checkpoint", "self", "resume_from_checkpoint", "model", only=gates.trainer)
 def load_on_every_rank(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Load as always; accelerate reads some checkpoints on rank 0 only, and transformers no adapter file."""
     folder = args[0] if args else kwargs["resume_from_checkpoint"]
     return resume.load(lambda: wrapped(*args, **kwargs), instance, folder)
 
 
-@patch.wrap("Trainer._load_best_model", "self")
+@patch.wrap("Trainer._load_best_model", "self", only=gates.trainer)
 def load_best_on_every_rank(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The same at the end of a run."""
     return resume.load(lambda: wrapped(*args, **kwargs), instance, instance.state.best_model_checkpoint)
 
 
-@patch.wrap("Trainer._load_optimizer_and_scheduler", "self", "checkpoint")
+@patch.wrap("Trainer._load_optimizer_and_scheduler", "self", "checkpoint", only=gates.trainer)
 def load_into_a_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make what is read into: a fresh optimizer has no entries, so nothing would be read."""
     with resume.initialized_optimizer(instance, args[0] if args else kwargs["checkpoint"]):

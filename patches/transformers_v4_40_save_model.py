@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import applying, writing
+from trainer_fsdp_patch import applying, checkpoint, gates, writing
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers.trainer")
 
 
-@patch.wrap("Trainer.save_model", "self", "output_dir", "_internal_call")
+@patch.wrap("Trainer.save_model", "self", "output_dir", "_internal_call", only=gates.fsdp_trainer)
 def write_the_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Write first: the upstream function writes nothing then, and may push the folder. All ranks fail together."""
-    with writing.together(instance), applying.natively_gathered(instance):
+    with writing.together(instance), checkpoint.saving(instance), applying.natively_gathered(instance):
         applying.save_sharded(instance, args[0] if args else kwargs.get("output_dir"))
         return wrapped(*args, **kwargs)

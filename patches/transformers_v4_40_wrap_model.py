@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import applying
+from trainer_fsdp_patch import applying, gates
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(
@@ -27,6 +27,7 @@ patch = Patch(
         "peft_v0_21_state_dict_names",
         "torch_v2_2_grad_norm",
         "transformers_v4_40_fsdp_plugin",
+        "transformers_v4_40_last_checkpoint",
         "transformers_v4_40_resume",
         "transformers_v4_40_save_model",
         "transformers_v5_2_fsdp_plugin",
@@ -34,8 +35,10 @@ patch = Patch(
 )
 
 
-@patch.wrap("Trainer._wrap_model", "self", "model", "training", "dataloader")
+@patch.wrap("Trainer._wrap_model", "self", "model", "training", "dataloader", only=gates.fsdp_trainer)
 def plan_before_wrapping(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Prepare the model first: accelerate reads the plugin that this settles."""
-    applying.prepare(instance, args[0] if args else kwargs["model"])
+    if patch.stands():
+        training = args[1] if len(args) > 1 else kwargs.get("training", True)
+        applying.prepare(instance, args[0] if args else kwargs["model"], training=training)
     return wrapped(*args, **kwargs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import applying
+from trainer_fsdp_patch import applying, gates
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="transformers>=4.46.dev0,<5.3.dev0", target="transformers.trainer")
@@ -16,6 +16,7 @@ patch = Patch(__name__, versions="transformers>=4.46.dev0,<5.3.dev0", target="tr
 @patch.wrap(
     "Trainer.evaluation_loop",
     "self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix",
+    only=gates.fsdp_trainer,
 )  # fmt: skip
 def prepare_first(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Do before the loop what it does in another way than `train()`, which unwraps what it finds wrapped."""

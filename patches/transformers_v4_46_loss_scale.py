@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import scaling
+from trainer_fsdp_patch import gates, scaling
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="transformers>=4.46.2", target="transformers.trainer")
 
 
-@patch.wrap("Trainer.compute_loss", "self", "model", "inputs", "return_outputs", "num_items_in_batch")
+@patch.wrap(
+    "Trainer.compute_loss", "self", "model", "inputs", "return_outputs", "num_items_in_batch", only=gates.trainer
+)
 def share_of_the_count(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hand the count over as a rank's share."""
-    return scaling.compute_loss(wrapped, instance, *args, **kwargs)
+    names = ("model", "inputs", "return_outputs", "num_items_in_batch")
+    return scaling.compute_loss(wrapped, instance, {**dict(zip(names, args, strict=False)), **kwargs})

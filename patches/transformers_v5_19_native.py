@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import prepared
+from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="transformers>=5.19.dev0", target="transformers.trainer")
 
 
-@patch.wrap("Trainer._sync_replicated_trainable_parameters", "self", "model")
+@patch.wrap("Trainer._sync_replicated_trainable_parameters", "self", "model", only=gates.trainer)
 def leave_it_to_the_plan(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Skip the upstream function for planned models: they are broadcast already and averaged after backward."""
-    return None if prepared.prepared_by(instance) is not None else wrapped(*args, **kwargs)
+    return None

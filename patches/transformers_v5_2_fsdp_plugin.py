@@ -7,17 +7,15 @@ Upstream: https://github.com/huggingface/peft/pull/2681
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from trainer_fsdp_patch import applying
+from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.registry import Patch
 
 patch = Patch(__name__, versions="transformers>=5.2.dev0", target="transformers.trainer")
 
 
-@patch.wrap("update_fsdp_plugin_peft", "model", "accelerator")
+@patch.wrap("update_fsdp_plugin_peft", "model", "accelerator", only=gates.model())
 def leave_the_plan(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Skip the upstream function for a planned model: the plan has set policy and dtypes already."""
-    model = args[0] if args else kwargs["model"]
-    return applying.update_plugin(functools.partial(wrapped, *args, **kwargs), model)
+    return None

@@ -18,11 +18,13 @@ TEXT: dict[str, Any] = {
     "vocab_size": trial.VOCABULARY,
     "hidden_size": WIDTH,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "initializer_range": 0.1,
 }
+LAYERS = 2
+"""Of every model that is written from now on; encoders and decoders have as many each."""
+
 IMAGE_TOKEN = trial.VOCABULARY - 1
 
 
@@ -55,11 +57,15 @@ class Architecture:
         return self.rows(size) if self.rows else trial.dataset(size, even=self.even)
 
 
+def _text() -> dict[str, Any]:
+    return {**TEXT, "num_hidden_layers": LAYERS}
+
+
 def _llama(**changes: Any) -> Callable[[], tuple[Any, type]]:
     def make() -> tuple[Any, type]:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        return LlamaConfig(**{**TEXT, "num_key_value_heads": 2, **changes}), LlamaForCausalLM
+        return LlamaConfig(**{**_text(), "num_key_value_heads": 2, **changes}), LlamaForCausalLM
 
     return make
 
@@ -67,7 +73,7 @@ def _llama(**changes: Any) -> Callable[[], tuple[Any, type]]:
 def _gpt2() -> tuple[Any, type]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"vocab_size": trial.VOCABULARY, "n_positions": 64, "n_embd": WIDTH, "n_layer": 2, "n_head": 4}
+    sizes = {"vocab_size": trial.VOCABULARY, "n_positions": 64, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2Config(**sizes, **dropout, initializer_range=0.1), GPT2LMHeadModel
 
@@ -76,14 +82,14 @@ def _bert() -> tuple[Any, type]:
     from transformers import BertConfig, BertForSequenceClassification
 
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return BertConfig(**TEXT, **dropout, num_labels=3), BertForSequenceClassification
+    return BertConfig(**_text(), **dropout, num_labels=3), BertForSequenceClassification
 
 
 def _t5() -> tuple[Any, type]:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=trial.VOCABULARY, d_model=WIDTH, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
+        vocab_size=trial.VOCABULARY, d_model=WIDTH, d_kv=16, d_ff=128, num_layers=LAYERS, num_heads=4, dropout_rate=0.0,
         decoder_start_token_id=0,
     )  # fmt: skip
     return config, T5ForConditionalGeneration
@@ -94,20 +100,20 @@ def _mixtral() -> tuple[Any, type]:
 
     # All experts are chosen: which two come first may turn on a rounding, and bf16 rounds otherwise in other batches.
     experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 4}
-    return MixtralConfig(**{**TEXT, **experts}), MixtralForCausalLM
+    return MixtralConfig(**{**_text(), **experts}), MixtralForCausalLM
 
 
 def _qwen_moe() -> tuple[Any, type]:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     experts = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
-    return Qwen3MoeConfig(**{**TEXT, **experts}, head_dim=16), Qwen3MoeForCausalLM
+    return Qwen3MoeConfig(**{**_text(), **experts}, head_dim=16), Qwen3MoeForCausalLM
 
 
 def _vit() -> tuple[Any, type]:
     from transformers import ViTConfig, ViTForImageClassification
 
-    sizes = {name: TEXT[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    sizes = {name: _text()[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
     config = ViTConfig(
         **sizes, num_attention_heads=4, image_size=16, patch_size=8, initializer_range=0.1, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, num_labels=3,
@@ -118,7 +124,7 @@ def _vit() -> tuple[Any, type]:
 def _llava() -> tuple[Any, type]:
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    sizes = {name: TEXT[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    sizes = {name: _text()[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
     vision = CLIPVisionConfig(**sizes, num_attention_heads=4, image_size=16, patch_size=8)
     text = _llama()()[0]
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, image_seq_length=4)

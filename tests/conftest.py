@@ -16,6 +16,7 @@ import trainer_fsdp_patch
 from trainer_fsdp_patch import registry, versions
 
 if TYPE_CHECKING:
+    from cases import Ways
     from matrix import Bench
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -26,9 +27,15 @@ with warnings.catch_warnings():
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run what repeats other tests at length too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A patch's own tests run where its range holds; elsewhere they say which release is installed."""
     for item in items:
+        if item.get_closest_marker("long") and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="--long runs it"))
         name = item.path.stem.removeprefix("test_")
         patch = registry.discover().get(name) if item.path.parent.name == "patches" else None
         if patch is not None and not patch.concerns():
@@ -49,6 +56,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     from matrix import Bench
 
     return Bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="session")
+def ways(bench: Bench) -> Ways:
+    """Runs the cases of public reports; what one process gives is kept for the session."""
+    from cases import Ways
+
+    return Ways(bench)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import json
 import warnings
 from pathlib import Path
 
-from matrix import SIDES, STATES, state
+from matrix import SIDES, STATES, Row, state
 
 COLOURS = {"right": "#2e9e5b", "refused": "#e0a526", "wrong": "#c8453a", "no reference": "#d5d8dc", "": "#ffffff"}
 DATA = Path(__file__).parent / "data"
@@ -24,7 +24,7 @@ def main() -> None:
     draw(json.loads(given.json.read_text()), given.out)
 
 
-def draw(rows: list[dict[str, str]], out: Path) -> None:
+def draw(rows: list[Row], out: Path) -> None:
     """One square a cell; what is not in the matrix stays white."""
     import matplotlib
 

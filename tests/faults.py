@@ -165,3 +165,71 @@ def units_of(bench: Bench, folder: Path, classes: list[str] | None = None, *, pa
     outcomes = trial.launch(units, classes, patched, Setup("u", fsdp=1), bench.base, str(folder), ranks=2)
     assert not outcomes[0].error, outcomes[0].extra
     return outcomes[0].extra["units"]
+
+
+def runs_out(place: str, ranks: tuple[int, ...] = (0, 1), step: int = 0) -> checkpoints.Action:
+    """Train where more than one row for each rank, of two, is too much.
+
+    Args:
+        place: of the error: in the forward of the second layer, or in the backward pass.
+        ranks: those that run out.
+        step: number of steps that are taken before.
+    """
+
+    def action(trainer: Any, folder: Path) -> dict[str, Any]:
+        import torch
+
+        layer = next(item for name, item in trainer.model.named_modules() if name.endswith("layers.1"))
+        limit = trial.BATCH // 2 // trainer.args.world_size
+        tried, failed = [], []
+
+        def fails(gradient: Any = None) -> Any:
+            failed.append(trainer.state.global_step)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+        def before(module: Any, args: Any, kwargs: Any) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            tried.append(len(hidden))
+            # One process comes to the same size by more tries, which must not train.
+            late = trainer.state.global_step >= step or bool(failed)
+            due = len(hidden) > limit and late and trainer.args.process_index in ranks
+            if due and place == "forward":
+                fails()
+            if due and torch.is_grad_enabled():
+                hidden.register_hook(fails)
+
+        layer.register_forward_pre_hook(before, with_kwargs=True)
+        trainer.args.auto_find_batch_size = True
+        trainer.train()
+        return {"tried": tried}
+
+    return action
+
+
+def cast(trainer: Any, folder: Path) -> dict[str, Any]:
+    """Train, cast as `bf16_full_eval` does, and run a forward; tests/reports/test_full_eval.py has more."""
+    import torch
+
+    trainer.train()
+    model = trainer.model_wrapped
+    model.to(torch.bfloat16)
+    model.eval()
+    ids = torch.tensor([[5, 7, 11, 3]])
+    with torch.no_grad():
+        found = model(input_ids=ids.to(trainer.args.device)).logits
+    return {"dtype": str(found.dtype), "logits": found.float().tolist()}
+
+
+def cast_fault(bench: Bench, setup: Setup) -> None:
+    """Stock ends with two dtypes in an operation, and the patched run with what one process gives."""
+    import torch
+
+    scene = checkpoints.Scene(bench)
+    assert checkpoints.failure(scene.run(cast, setup, patched=False))
+    outcomes = scene.run(cast, setup, patched=True)
+    assert checkpoints.failure(outcomes) == "", outcomes[0].extra
+    one = scene.one(cast, setup)
+    for outcome in outcomes:
+        assert outcome.extra["dtype"] == one.extra["dtype"]
+        found, wanted = (torch.tensor(item.extra["logits"]) for item in (outcome, one))
+        assert float((found - wanted).norm() / wanted.norm()) < 2e-2

@@ -30,7 +30,8 @@ with warnings.catch_warnings():
     from architectures import ARCHITECTURES, LLAMA, Architecture
     from methods import METHODS, ON_ARCHITECTURES, ON_LLAMA
 
-from trainer_fsdp_patch import checking, trial, versions
+from trainer_fsdp_patch import checking, footprint, trial, versions
+from trainer_fsdp_patch.footprint import Footprint
 from trainer_fsdp_patch.trial import Outcome, Setup, Verdict
 
 checking.import_targets()
@@ -157,6 +158,7 @@ class Bench:
         self.folder = folder
         self.base = self.base_of(LLAMA)
         self.reference = functools.cache(self._reference)
+        self.took: dict[tuple[str, str, bool], Footprint | None] = {}
 
     @functools.cache  # noqa: B019
     def base_of(self, architecture: Architecture) -> str:
@@ -181,14 +183,17 @@ class Bench:
     def resumed(self, configure: Callable[[Any], Any], setup: Setup, name: str, *, patched: bool) -> str:
         """Train, save a resume checkpoint on the way and the adapter at the end, and resume; "" where all is right.
 
-        The reference is `name`'s too: cells that share it have to be the same training.
+        The reference is `name`'s too: cells that share it have to be the same training. What the first run took of a
+        rank is kept in `took`.
         """
         one = self.named(name, configure, reference_of(setup))
         if one.error:
             return f"no reference: {one.error}"
         where = self.folder / f"{name} {setup.name} {patched}"
         writing = dataclasses.replace(setup, save_steps=trial.STEPS - 1)
-        verdict = trial.compare(trial.run(writing, configure, self.base, where, patched=patched), one, setup)
+        first = trial.run(writing, configure, self.base, where, patched=patched)
+        self.took[name, setup.name, patched] = first.footprint
+        verdict = trial.compare(first, one, setup)
         if not verdict.right:
             return verdict.error
         resuming = dataclasses.replace(setup, resume=str(where / f"checkpoint-{trial.STEPS - 1}"))
@@ -230,17 +235,18 @@ def main() -> int:
     return int(any(state(row, "patched") == "wrong" for row in rows))
 
 
+Row = dict[str, Any]
 SIDES = ("stock", "patched")
 STATES = ("right", "refused", "wrong", "no reference")
 
 
-def counts(rows: list[dict[str, str]], side: str) -> str:
+def counts(rows: list[Row], side: str) -> str:
     """One line: how many cells of a side are in each of STATES."""
     found = Counter(state(row, side) for row in rows)
     return f"{side:8} {len(rows)} cells: {', '.join(f'{found[name]} {name}' for name in STATES)}"
 
 
-def measured(chosen: list[tuple[str, Setup]], sides: Sequence[str], jobs: int) -> list[dict[str, str]]:
+def measured(chosen: list[tuple[str, Setup]], sides: Sequence[str], jobs: int) -> list[Row]:
     """Rows of cells, by so many processes at a time; a method is one process's, for the sake of its references."""
     # Stock runs that hang do so for ever; a cell takes about a second.
     trial.TIMEOUT = 15.0
@@ -263,28 +269,46 @@ def measured(chosen: list[tuple[str, Setup]], sides: Sequence[str], jobs: int) -
     return sorted(rows, key=lambda row: places[row["method"], row["setup"]])
 
 
-def replaced(record: Path, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+def replaced(record: Path, rows: list[Row]) -> list[Row]:
     """Rows of an earlier record, and these in place of theirs."""
     known = {(row["method"], row["setup"]): row for row in (*json.loads(record.read_text()), *rows)}
     return [known[method, setup.name] for method, setup in cells()]
 
 
-def measure(bench: Bench, method: str, setup: Setup, *, sides: Sequence[str] = SIDES) -> dict[str, str]:
-    """One cell: for each side "" or what is wrong, or why there is no reference to compare with."""
-    row = {"method": method, "setup": setup.name}
+def measure(bench: Bench, method: str, setup: Setup, *, sides: Sequence[str] = SIDES) -> Row:
+    """One cell: for each side "" or what is wrong and what it took, or why there is no reference to compare with.
+
+    A patched run that equals one process is wrong where it takes more of a rank than its plan says, or than stock.
+    """
+    row: Row = {"method": method, "setup": setup.name}
     missing = bench.has_reference(method, setup)
     if missing:
         print(f"no reference {method} {setup.name}: {missing[:110]}", flush=True)
         return {**row, "reference": missing}
+    took: dict[str, Footprint | None] = {}
     for side in sides:
-        _, verdict = bench.cell(method, setup, patched=side == "patched")
-        row[side] = verdict.error
+        outcome, verdict = bench.cell(method, setup, patched=side == "patched")
+        row[side], took[side] = verdict.error, outcome.footprint
+    row["took"] = {side: numbers(taken) for side, taken in took.items() if taken}
+    # In stock PEFT's wrap policy overrides units by size, and that there be none.
+    stock = None if setup.wrap else took.get("stock")
+    row["patched"] = row["patched"] or beside(took["patched"], stock)
     if state(row, "patched") in ("wrong", "refused"):
         print(f"{state(row, 'patched').upper()} {method} {setup.name}: {row['patched']}", flush=True)
     return row
 
 
-def state(row: dict[str, str], side: str) -> str:
+def numbers(taken: Footprint) -> list[int | None]:
+    """A footprint in a record; the number of ranks is the set-up's."""
+    return [taken.units, taken.rest, taken.base, taken.whole, taken.gathered, taken.collectives]
+
+
+def beside(patched: Footprint | None, stock: Footprint | None) -> str:
+    """What a patched run takes beyond stock, or ""."""
+    return footprint.fault(patched, None, stock) if patched else ""
+
+
+def state(row: Row, side: str) -> str:
     """One of STATES."""
     if "reference" in row:
         return "no reference"

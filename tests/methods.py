@@ -182,7 +182,7 @@ def _save_mixed(found: dict[str, Any], folder: str) -> None:
 
 def _adaption_prompt(model: Any) -> Any:
     """The one method whose parameters are bf16 on a bf16 base: with other lengths some updates are a rounding apart."""
-    return get_peft_model(model, peft.AdaptionPromptConfig(adapter_len=6, adapter_layers=2, **CAUSAL))
+    return get_peft_model(model, peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, **CAUSAL))
 
 
 def _shadow(model: Any) -> Any:

@@ -1,6 +1,7 @@
 """What one stack of releases does: five adapters on both versions of FSDP, trained, saved and resumed.
 
-`python tests/stacks.py --json FILE` runs it on what is installed, stock beside patched, each against one process;
+`python tests/stacks.py --json FILE` runs it on what is installed, stock beside patched, each against one process
+and, in what it takes of a rank, against its plan and stock;
 `python tests/stacks.py --table FILE...` prints what several stacks gave. `nox` does both for every stack; what it last
 gave is tests/data/stacks.json, and tests/data/torches.json is of the other torch releases.
 """
@@ -41,7 +42,7 @@ def scenarios() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
 
 def here(only: str, *, stock: bool) -> dict[str, Any]:
     """Every scenario on the installed releases."""
-    from matrix import Bench
+    from matrix import SIDES, Bench, beside, numbers
 
     from trainer_fsdp_patch import trial, versions
 
@@ -53,9 +54,12 @@ def here(only: str, *, stock: bool) -> dict[str, Any]:
             name = f"{adapter} {setup.name}"
             if only not in name:
                 continue
-            row = {"scenario": name, "patched": bench.resumed(configure, setup, adapter, patched=True)}
+            row: dict[str, Any] = {"scenario": name, "patched": bench.resumed(configure, setup, adapter, patched=True)}
             if stock:
                 row["stock"] = bench.resumed(configure, setup, adapter, patched=False)
+            took = {side: bench.took.get((adapter, setup.name, side == "patched")) for side in SIDES}
+            row["patched"] = row["patched"] or beside(took["patched"], took["stock"])
+            row["took"] = {side: numbers(taken) for side, taken in took.items() if taken}
             rows.append(row)
             sys.stderr.write(f"{row}\n")
     return {"installed": {name: str(versions.installed(name)) for name in PACKAGES}, "rows": rows}

@@ -19,7 +19,14 @@ def scene(bench: Bench) -> checkpoints.Scene:
     return checkpoints.Scene(bench)
 
 
-@pytest.mark.parametrize(("scenario", "setup"), [row[1:] for row in HERE], ids=[row[0] for row in HERE])
+AT_LENGTH = ("torch.compile, FSDP1 full", "torch.compile, FSDP1 sharded", "torch.compile, FSDP2 sharded")
+"""A minute of compiling each; the patches' own tests run the first, stock too."""
+
+
+@pytest.mark.parametrize(
+    ("scenario", "setup"),
+    [pytest.param(*row[1:], id=row[0], marks=[pytest.mark.long] * (row[0] in AT_LENGTH)) for row in HERE],
+)
 def test_nothing_is_lost(scene: checkpoints.Scene, scenario: Any, setup: Setup) -> None:
     assert checkpoints.cell(scenario, scene, setup, patched=True) == ""
 

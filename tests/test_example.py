@@ -32,7 +32,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     return folder, example(folder)
 
 
-@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.parametrize("fsdp", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_two_ranks_equal_one_process(one: tuple[Path, dict[str, Any]], tmp_path: Path, fsdp: int) -> None:
     folder, reference = one
     port = str(29600 + os.getpid() % 300 + fsdp)

@@ -12,7 +12,7 @@ from matrix import METHODS, Bench, Setup, trial
 from test_plan import llama
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import budget
+from trainer_fsdp_patch import budget, planning, stack
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.trial import Outcome
 
@@ -128,3 +128,28 @@ def test_a_resumed_run_ends_in_the_same_bits(bench: Bench, fsdp: int, sharded: b
 def test_evaluation_first(bench: Bench, fsdp: int) -> None:
     scene = checkpoints.Scene(bench)
     assert checkpoints.evaluated(scene, Setup("evaluated", fsdp=fsdp, placement="shard"), patched=True) == ""
+
+
+def hybrid(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
+    """The number of ranks of a shard that the plan was made for, and one that a run has counted."""
+    upstream, made = planning.make_plan, []
+
+    def make_plan(*args: Any, **kwargs: Any) -> Any:
+        made.append(kwargs["ranks"])
+        return upstream(*args, **kwargs)
+
+    planning.make_plan = make_plan
+    outcome = trial.train(setup, METHODS["lora"], base, folder, setup.ranks, True, rank)
+    [outcome.extra["shards"]] = made
+    return outcome
+
+
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+@pytest.mark.parametrize("groups", [False, True])
+def test_the_ranks_of_one_copy_of_the_base_share_it(bench: Bench, tmp_path: Path, fsdp: int, groups: bool) -> None:
+    if groups and not stack.at_least("transformers", "5.10.0"):
+        pytest.skip("older releases are asked for this in other ways")
+    setup = Setup("shards", fsdp=fsdp, ranks=4, hybrid=groups)
+    outcomes = trial.launch(hybrid, setup, bench.base, str(tmp_path), ranks=4)
+    assert not any(outcome.error for outcome in outcomes), outcomes[0].extra
+    assert outcomes[0].extra["shards"] == outcomes[0].footprint.ranks

@@ -34,7 +34,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setitem(sys.modules, "upstream_of_tests", target)
         settings = {"versions": "upstream>=1.dev0,<3.dev0", "target": "upstream_of_tests", **settings}
         patch = registry.Patch(module.__name__, **settings)
-        patch.wrap("function", *parameters)(lambda wrapped, instance, args, kwargs: 2 * wrapped(*args))
+        patch.wrap("function", *parameters, only=None)(lambda wrapped, instance, args, kwargs: 2 * wrapped(*args))
         patches[name] = patch
         found["upstream"] = Version(version)
         return patch, target

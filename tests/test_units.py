@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import FLAVOURS, skip_without_reference
+from faults import FLAVOURS, fsdp2, skip_without_reference
 from matrix import METHODS, Bench, Setup
 from test_plan import llama
 
-from trainer_fsdp_patch import units
+from trainer_fsdp_patch import inventory, trial, units
+from trainer_fsdp_patch.planning import make_plan
 
 
 @pytest.mark.parametrize("fsdp", FLAVOURS)
@@ -60,3 +62,42 @@ def test_a_block_may_be_a_unit_and_what_adapts_it_may_not() -> None:
     layer = "base_model.model.model.layers.0"
     assert layer in parts
     assert not {f"{layer}.base_layer", f"{layer}.base_layer.mlp.up_proj"} & parts
+
+
+@pytest.mark.parametrize("method", [name for name in ("vera", "randlora", "vblora", "lily") if METHODS[name].exists])
+def test_what_fsdp_ignores_does_not_decide_where_a_unit_ends(method: str) -> None:
+    """All layers share projections, dictionaries or trainable tensors, and each is a unit all the same."""
+    model = METHODS[method](llama())
+    aside = {placement.tensor.name for placement in make_plan(model).set_aside}
+    ignored = {id(tensor) for name, *_, tensor, _ in inventory.named_tensors(model) if name in aside}
+    barred = named(model, units.barred(model, ignored))
+    assert not {name for name in barred if name.endswith(("layers.0", "layers.1"))}
+
+
+def unit_names(method: str, setup: Setup, base: str, folder: str, rank: int) -> trial.Outcome:
+    """FSDP2's units after a step, each with the number of parameters that it owns."""
+    from torch.distributed.fsdp import FSDPModule
+    from transformers import Trainer
+
+    given = trial.enter(setup, folder, 2, patched=True)
+    given.max_steps = 1
+    model = METHODS[method](METHODS[method].load(base, setup))
+    trainer = Trainer(model=model, args=given, train_dataset=METHODS[method].dataset(trial.BATCH))
+    trainer.train()
+    found = [name for name, module in trainer.model.named_modules() if isinstance(module, FSDPModule)]
+    return trial.Outcome(extra={"units": found})
+
+
+@fsdp2
+@pytest.mark.parametrize(
+    ("method", "units"),
+    [("lora", 5), ("vera", 5), ("vblora", 5), ("tinylora", 5), ("llama_tied lora_tokens", 5), ("t5 vera", 5)],
+)
+def test_fsdp2_shards_layer_by_layer(bench: Bench, tmp_path: Path, method: str, units: int) -> None:
+    """The root, two layers (four in T5, whose embeddings stay at the root), embeddings and head."""
+    if not METHODS[method].exists:
+        pytest.skip(f"this peft has no {method}")
+    base = bench.base_of(METHODS[method].architecture)
+    outcomes = trial.launch(unit_names, method, Setup("units"), base, str(tmp_path), ranks=2)
+    assert not outcomes[0].error, outcomes[0].extra
+    assert len(outcomes[0].extra["units"]) == units, outcomes[0].extra["units"]

@@ -92,7 +92,7 @@ class Source:
         if rest and self.tree(f"{module}.{first}") is not None:
             return self.find(f"{module}.{first}", rest)
         for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == first:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == first and not _is_overload(node):
                 return node if isinstance(node, ast.FunctionDef) else self._method(node, rest)
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and first in {item.asname or item.name for item in node.names}:
@@ -104,7 +104,8 @@ class Source:
         return None
 
     def _method(self, node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
-        return next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == name), None)
+        methods = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == name]
+        return next((item for item in methods if not _is_overload(item)), None)
 
     def _origin(self, module: str, node: ast.ImportFrom) -> str | None:
         package = module.split(".")
@@ -113,6 +114,11 @@ class Source:
         if not node.level:
             return node.module if node.module and node.module.split(".")[0] == package[0] else None
         return ".".join([*package[: len(package) + 1 - node.level], *([node.module] if node.module else [])])
+
+
+def _is_overload(node: ast.FunctionDef | ast.ClassDef) -> bool:
+    """Whether a definition is for type checkers alone, and another one runs."""
+    return any(ast.unparse(item).endswith("overload") for item in node.decorator_list)
 
 
 def parameters(function: ast.FunctionDef) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
-from trainer_fsdp_patch import budget, checkpoint, inventory, planning, sync
+from trainer_fsdp_patch import base_weights, budget, checkpoint, inventory, later, planning, sync
 from trainer_fsdp_patch import plugin as plugins
 from trainer_fsdp_patch.errors import AdapterError, PlanError, message
 from trainer_fsdp_patch.prepared import Prepared, keep, prepared_by, prepared_for
@@ -21,31 +21,30 @@ _LOCAL = {"auto_mapping", "base_model_name_or_path", "revision"}
 """Entries of an adapter's configuration that may differ between machines."""
 
 
-def prepare(trainer: Any, model: Any) -> Prepared | None:
+def prepare(trainer: Any, model: Any, *, training: bool = False) -> Prepared | None:
     """Plan and apply, once for each model, before accelerate wraps it.
 
     Args:
-        trainer: a Trainer whose accelerator exists.
-        model: the model that accelerate is about to prepare.
+        trainer: a Trainer under FSDP, or one whose base transformers has sharded.
+        model: the model that accelerate is about to prepare, with an adapter.
+        training: whether it is about to be trained, maybe again, with adapters that came since.
 
     Returns:
-        The prepared model's record, or None where there is nothing for us to do: no FSDP, no adapter, or
-        tensor parallelism beside a base that transformers sharded itself.
+        The prepared model's record, or None where the patches stand back.
 
     Raises:
         PlanError: the model is wrapped already, or a setting contradicts the plan.
         AdapterError: the ranks do not hold the same adapter.
     """
-    enabled = getattr(trainer, "is_fsdp_enabled", False)
-    native = not enabled and inventory.is_native(model)
-    if not enabled and not native:
-        return None
+    native = not trainer.is_fsdp_enabled
     accelerator = trainer.accelerator
     prepared = prepared_for(model)
     if prepared is not None and model is not prepared.model() and model not in accelerator._models:
         # train() forgets what an evaluation has prepared, and gradients are averaged for what is known.
         accelerator._models.append(model)
-    if prepared is not None or not inventory.has_adapter(model):
+    if prepared is not None:
+        if training:
+            later.take_up(prepared, accelerator.device)
         return prepared
     if native:
         plan = planning.make_plan(model, fsdp_version=2, mixed_precision=accelerator.mixed_precision)
@@ -82,11 +81,17 @@ def settle(accelerator: Any, prepared: Prepared) -> Prepared:
     Raises:
         AdapterError: the ranks do not hold the same adapter.
     """
+    with sync.told():
+        return _settle(accelerator, prepared)
+
+
+def _settle(accelerator: Any, prepared: Prepared) -> Prepared:
     model, plan = prepared.model(), prepared.plan
     agree(prepared)
+    base_weights.synchronize(prepared, accelerator)
     checkpoint.expect(model, prepared)
     place(prepared, accelerator.device)
-    prepared.watch()
+    prepared.watch(accelerator)
     keep(model, prepared)
     if accelerator.is_main_process:
         logger.info("FSDP%d: %s.", plan.fsdp_version, plan.summary())
@@ -149,21 +154,18 @@ def agree(prepared: Prepared) -> None:
         items += [(f"peft_config[{adapter!r}].{key}", _plain(values[key])) for key in sorted({*values} - _LOCAL)]
     tensors = [item.tensor for item in (*prepared.plan.set_aside, *prepared.plan.sharded)]
     items += [(tensor.name, (tensor.shape, tensor.dtype, tensor.role)) for tensor in tensors]
-    everyone = sync.everyone(items, "comparison of the adapter's make-up")
-    first = dict(everyone[0])
-    for rank, others in enumerate(everyone):
-        other = dict(others)
-        for name in (*first, *other):
-            if first.get(name, "absent") != other.get(name, "absent"):
-                raise AdapterError(
-                    message(
-                        name,
-                        f"{first.get(name, 'absent')} on rank 0 and {other.get(name, 'absent')} on rank {rank}",
-                        "One adapter cannot be trained from different ones",
-                        "Give every rank the same adapter configuration",
-                    ),
-                    tensor=name,
-                )
+    found = sync.first_difference(dict(items), "comparison of the adapter's make-up")
+    if found is not None:
+        name, rank, here, there = found
+        raise AdapterError(
+            message(
+                name,
+                f"{here} on rank 0 and {there} on rank {rank}",
+                "One adapter cannot be trained from different ones",
+                "Give every rank the same adapter configuration",
+            ),
+            tensor=name,
+        )
 
 
 def _plain(value: Any) -> str:
@@ -181,8 +183,6 @@ def place(prepared: Prepared, device: Any) -> None:
     Quantized layers are moved with their module, which keeps their quantization state, and are not
     broadcast: every rank has loaded the same ones.
     """
-    import torch
-
     model = prepared.model()
     for name, _, _, module, tensor, _ in inventory.named_tensors(model):
         if prepared.roles.get(name) == inventory.QUANTIZED and tensor.device != device:
@@ -193,7 +193,7 @@ def place(prepared: Prepared, device: Any) -> None:
         if prepared.roles[name] == inventory.QUANTIZED:
             continue
         if tensor.is_meta:
-            tensor.data = torch.empty_like(tensor, device=device)
+            _materialize(tensor, device)
         elif tensor.device != device:
             tensor.data = tensor.data.to(device)
         shared.append(tensor)
@@ -208,6 +208,20 @@ def place(prepared: Prepared, device: Any) -> None:
     sync.compare(list(adapter), list(adapter.values()), "after the broadcast")
 
 
+def _materialize(tensor: Any, device: Any) -> None:
+    """Give a meta tensor room on a device, where rank 0's values go; an optimizer may hold the object already.
+
+    The `data` of a tensor on meta takes none of another device.
+    """
+    import torch
+
+    room = torch.empty_like(tensor, device=device)
+    if isinstance(tensor, torch.nn.Parameter):
+        room = torch.nn.Parameter(room, requires_grad=tensor.requires_grad)
+    vars(room).update(vars(tensor))
+    torch.utils.swap_tensors(tensor, room)  # type: ignore[no-untyped-call]
+
+
 def autocast_prepared(accelerator: Any, results: Sequence[Any]) -> None:
     """Run planned models under autocast and return fp32, as accelerate does for one process, DDP and FSDP1.
 
@@ -219,7 +233,8 @@ def autocast_prepared(accelerator: Any, results: Sequence[Any]) -> None:
     from accelerate.utils.modeling import get_mixed_precision_context_manager
     from torch import nn
 
-    for model in results:
+    # Programs that stand in for an accelerator may return anything.
+    for model in results if isinstance(results, (list, tuple)) else ():
         if not isinstance(model, nn.Module) or prepared_for(model) is None:
             continue
         if accelerator.native_amp and "_original_forward" not in vars(model):
@@ -286,12 +301,6 @@ def evaluating(trainer: Any) -> Iterator[None]:
         trainer.model = inventory.bare(trainer.model_wrapped)
 
 
-def update_plugin(upstream: Callable[[], None], model: Any) -> None:
-    """Leave the plugin as the plan set it; models that are not ours go to the upstream function."""
-    if prepared_for(model) is None:
-        upstream()
-
-
 @contextlib.contextmanager
 def natively_gathered(trainer: Any) -> Iterator[None]:
     """Around a save of a base that transformers sharded itself: the model answers with what all ranks have proven.
@@ -312,12 +321,13 @@ def prepare_natively(upstream: Callable[..., Any], model: Any, *args: Any, **kwa
 
     Args:
         upstream: accelerate's `prepare_model`, bound.
-        model: any.
+        model: a planned one.
         *args: for upstream.
         **kwargs: for upstream.
     """
     prepared = prepared_for(model)
-    if prepared is None or not prepared.native:
+    assert prepared is not None
+    if not prepared.native:
         return upstream(model, *args, **kwargs)
     return upstream(model, device_placement=False, evaluation_mode=True)
 
@@ -327,7 +337,7 @@ def save_sharded(trainer: Any, folder: str | None) -> None:
 
     https://github.com/huggingface/transformers/issues/30491
     """
-    if not getattr(trainer, "is_fsdp_enabled", False):
+    if not trainer.is_fsdp_enabled:
         return
     if prepared_by(trainer) is None and not inventory.is_unwrapped_adapter(trainer.model):
         return

@@ -10,7 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from trainer_fsdp_patch import trial
+from trainer_fsdp_patch import footprint, trial
+from trainer_fsdp_patch.footprint import Footprint
 from trainer_fsdp_patch.trial import Setup
 
 SETUPS = (
@@ -39,7 +40,10 @@ def ranks() -> int:
 
 
 def check() -> int:
-    """Run every set-up stock and patched, print the table, and return 0 only if every patched cell is right."""
+    """Run every set-up stock and patched, print the table, and return 0 only if every patched cell is right.
+
+    A patched cell has to equal one process, and may take no more of a rank than its plan says and than stock does.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -52,7 +56,7 @@ def check() -> int:
     # Each rank gets a sample at least, and one process the same global batch.
     trial.BATCH = trial.BATCH if trial.BATCH % ranks() == 0 else ranks()
     table = Table(title=f"VeRA on {ranks()} ranks beside one process", title_justify="left")
-    for column in ("set-up", "stock", "patched", "relative error"):
+    for column in ("set-up", "stock", "patched", "relative error", "units", "bytes gathered at once"):
         table.add_column(column, overflow="fold")
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -60,16 +64,23 @@ def check() -> int:
         for setup in SETUPS:
             where = Path(folder) / setup.name.replace(" ", "_")
             one = trial.run(setup, vera, base, where / "one", ranks=1, patched=False)
-            cells = [
-                trial.compare(
-                    trial.run(setup, vera, base, where / side, ranks=ranks(), patched=side == "patched"), one, setup
-                )
+            runs = [
+                trial.run(setup, vera, base, where / side, ranks=ranks(), patched=side == "patched")
                 for side in ("stock", "patched")
             ]
-            wrong += not cells[1].right
-            table.add_row(setup.name, *(cell.error or "right" for cell in cells), f"{cells[1].worst:.1e}")
+            stock, patched = (trial.compare(outcome, one, setup) for outcome in runs)
+            took = [outcome.footprint for outcome in runs]
+            more = footprint.fault(took[1], None, took[0]) if took[1] else ""
+            wrong += bool(patched.error or more)
+            said = (stock.error or "right", patched.error or more or "right", f"{patched.worst:.1e}")
+            table.add_row(setup.name, *said, _both(took, "units"), _both(took, "gathered"))
     Console(width=None if Console().is_terminal else 140).print(table)
     return int(wrong > 0)
+
+
+def _both(took: list[Footprint | None], name: str) -> str:
+    """A number of stock's and of the patched run; a run that ends before its first step has none."""
+    return " -> ".join("none" if item is None else str(getattr(item, name)) for item in took)
 
 
 def _base(folder: str, rank: int) -> trial.Outcome:

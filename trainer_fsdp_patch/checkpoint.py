@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from trainer_fsdp_patch import gathering, inventory, naming, sync, verify
 from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.inventory import canonical
-from trainer_fsdp_patch.prepared import Prepared, prepared_for
+from trainer_fsdp_patch.prepared import Prepared, prepared_by, prepared_for
 from trainer_fsdp_patch.shadowing import shadowed
+
+_SAVED: ContextVar[Prepared | None] = ContextVar("_SAVED", default=None)
+"""The model whose bare adapter a Trainer is saving."""
 
 
 @contextlib.contextmanager
@@ -28,47 +32,109 @@ def gathered(model: Any, found: dict[str, Any] | None) -> Iterator[None]:
         yield
 
 
-def state_dict(upstream: Callable[..., Any], accelerator: Any, model: Any, unwrap: bool = True) -> Any:
-    """Everything that the adapter file may take its tensors from.
+@contextlib.contextmanager
+def saving(trainer: Any) -> Iterator[None]:
+    """Around a Trainer's save of a bare adapter: what is gathered inside is the adapter, and the base is not.
 
-    The adapter is whole on every rank, so no collective gathers the frozen base; only the embeddings
-    are gathered, which peft writes beside an adapter that targets or resizes them.
+    The answer stays whole where somebody may want more of it: a model of which the adapter is a part, which is written
+    tensor by tensor, or a `_save` of the user's own.
 
     Args:
-        upstream: accelerate's own, bound; it is asked where no plan was applied to the model.
+        trainer: with a planned model.
+    """
+    prepared = prepared_by(trainer)
+    alone = inventory.is_saved_alone(inventory.bare(trainer.model))
+    own = getattr(type(trainer)._save, "__module__", "").partition(".")[0] != "transformers"
+    token = _SAVED.set(prepared if alone and not own else None)
+    try:
+        yield
+    finally:
+        _SAVED.reset(token)
+
+
+def state_dict(upstream: Callable[[], Any], accelerator: Any, model: Any) -> Any:
+    """The state dict of a planned model, or before training of one that is to be planned.
+
+    Args:
+        upstream: accelerate's own, with its arguments.
         accelerator: the run's.
         model: as wrapped by FSDP.
-        unwrap: passed on upstream.
 
     Returns:
-        Tensors on the CPU by canonical name, the same on all ranks but for the embeddings, which rank 0 has.
+        Tensors on the CPU by canonical name. All of them, on rank 0, as upstream promises; inside our own save of a
+        bare adapter everything that its file may take tensors from, on all ranks.
 
     Raises:
-        AdapterError: on all ranks, where ranks differ, a value is not finite or something would be missing.
+        AdapterError: on all ranks, where ranks differ, and inside our own save where a value is not finite or something
+            would be missing.
     """
     prepared = prepared_for(model)
-    if prepared is None and inventory.is_unwrapped_adapter(model):
+    if prepared is None:
         # Before train() there is nothing to gather, and FSDP1 fails for want of a unit.
         return model.state_dict()
-    if prepared is None:
-        return upstream(model, unwrap=unwrap)
+    if _SAVED.get() is not prepared:
+        return _everything(upstream, accelerator, model, prepared)
+    return _adapter(accelerator, model, prepared)
+
+
+def _everything(upstream: Callable[[], Any], accelerator: Any, model: Any, prepared: Prepared) -> Any:
+    """What upstream gives; FSDP2 loses its way in layers that keep more in a state dict than tensors, as 8-bit ones."""
+    if prepared.plan.fsdp_version == 1:
+        found = upstream()
+        # FSDP1 neither moves what it ignores to the CPU, nor leaves it out where it gives nothing else.
+        values = on_cpu(found) if getattr(model, "rank", 0) == 0 else {}
+        found.clear()
+        found.update(values)
+        return found
+    if inventory.QUANTIZED not in prepared.roles.values():
+        return upstream()
+    found = {}
+    for name, value in model.state_dict().items():
+        with sync.collective("gathering of the model"):
+            whole = value.full_tensor() if isinstance(value, inventory.dtensor()) else value
+        if accelerator.is_main_process:
+            found[canonical(name)] = whole.detach().cpu() if hasattr(whole, "detach") else whole
+    return found
+
+
+def _adapter(accelerator: Any, model: Any, prepared: Prepared) -> dict[str, Any]:
+    """What an adapter's file may take its tensors from.
+
+    The adapter is whole on every rank, so no collective gathers the frozen base; only the embeddings are gathered,
+    which peft writes beside an adapter that targets or resizes them.
+    """
     adapter = prepared.of_adapter()
     sync.compare(list(adapter), list(adapter.values()), "before saving")
     gathered = gathering.whole(model, prepared)
     refuse_dead(adapter | gathered)
     if prepared.liveness is not None:
-        prepared.liveness.refuse_unmoved()
+        prepared.liveness.warn_unmoved()
     found = on_cpu(persistent(model, adapter) | gathering.aliased(prepared, gathering.stored(prepared, gathered)))
+    found |= on_cpu(added(inventory.bare(model), prepared))
     prove(inventory.bare(model), found, prepared)
     if accelerator.is_main_process:
         warn_of_shards(found)
-    found.update(_embeddings(accelerator, model, set(found)))
+    found.update(embeddings(model, set(found), kept=accelerator.is_main_process))
     return found
+
+
+def added(model: Any, prepared: Prepared) -> dict[str, Any]:
+    """Tensors of adapters that came after the plan: a reference that a callback loads, the best of several files.
+
+    They may require gradients, for `set_adapter` asks for these. None was trained: a step that holds one is refused.
+    """
+    names = set(getattr(model, "peft_config", {})) - prepared.expected.keys()
+    return {
+        name: tensor
+        for name, _, _, _, tensor, owned in (inventory.named_tensors(model) if names else ())
+        if owned and not names.isdisjoint(name.split("."))
+    }
 
 
 def on_cpu(named: dict[str, Any]) -> dict[str, Any]:
     """Copies on the CPU; a tensor that stands under several names is copied once."""
-    copies = {id(tensor): tensor.detach().cpu() for tensor in {id(item): item for item in named.values()}.values()}
+    different = {id(item): item for item in named.values()}
+    copies = {key: item.detach().cpu() if hasattr(item, "detach") else item for key, item in different.items()}
     return {name: copies[id(tensor)] for name, tensor in named.items()}
 
 
@@ -129,22 +195,34 @@ def warn_of_shards(found: dict[str, Any]) -> None:
         )
 
 
-def _embeddings(accelerator: Any, model: Any, known: set[str]) -> dict[str, Any]:
-    """Weights of the input and output embeddings that are not known, whole, on rank 0; every rank takes part."""
+def embedding_modules(model: Any) -> dict[str, Any]:
+    """Modules of the input and output embeddings by canonical name, as they stand in a model, wrapped or not."""
+    bare = inventory.bare(model)
+    getters = ("get_input_embeddings", "get_output_embeddings")
+    layers = [getattr(bare, getter)() for getter in getters if hasattr(bare, getter)]
+    wanted = {id(module) for layer in layers if layer is not None for module in layer.modules()}
+    return {canonical(name): module for name, module in model.named_modules() if id(module) in wanted}
+
+
+def embeddings(model: Any, known: set[str], *, kept: bool) -> dict[str, Any]:
+    """Weights of the input and output embeddings that are not known, whole; every rank takes part.
+
+    Args:
+        model: as wrapped by FSDP.
+        known: canonical names of what is not wanted.
+        kept: whether this rank keeps them, and does not only take part.
+    """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    unwrapped = inventory.bare(model)
-    getters = ("get_input_embeddings", "get_output_embeddings")
-    layers = [getattr(unwrapped, getter)() for getter in getters if hasattr(unwrapped, getter)]
-    wanted = {id(module) for layer in layers if layer is not None for module in layer.modules()}
-    prefixes = [canonical(name) for name, module in model.named_modules() if id(module) in wanted]
-    result = {}
+    modules = embedding_modules(model)
+    wanted = {id(module) for module in modules.values()}
+    result: dict[str, Any] = {}
 
     def collect(named: Any) -> None:
         for name, tensor in named:
-            if canonical(name).rpartition(".")[0] in prefixes and canonical(name) not in known:
+            if canonical(name).rpartition(".")[0] in modules and canonical(name) not in known:
                 whole = tensor.full_tensor() if isinstance(tensor, inventory.dtensor()) else tensor
-                if accelerator.is_main_process:
+                if kept:
                     result[canonical(name)] = whole.detach().cpu().clone()
 
     with contextlib.ExitStack() as stack:
@@ -167,11 +245,16 @@ def keys(model: Any, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def note_keys(prepared: Prepared, entries: dict[str, dict[str, Any]]) -> None:
+    """Keep which keys the file of each adapter has to have."""
+    prepared.expected = {adapter: set(entry) for adapter, entry in entries.items()}
+
+
 def expect(model: Any, prepared: Prepared) -> None:
     """Note before wrapping which keys a save has to have, and warn of what trains without being saved."""
     found = live(model, prepared)
     entries = keys(model, found)
-    prepared.expected = {adapter: set(entry) for adapter, entry in entries.items()}
+    note_keys(prepared, entries)
     written = {id(tensor) for entry in entries.values() for tensor in entry.values()}
     for item in (*prepared.plan.set_aside, *prepared.plan.sharded):
         names = [name for name in item.tensor.names if name in found]
@@ -193,15 +276,7 @@ def prove(model: Any, found: dict[str, Any], prepared: Prepared) -> None:
     """
     for adapter, entry in keys(model, found).items():
         if adapter not in prepared.expected:
-            raise AdapterError(
-                message(
-                    f"adapter {adapter!r}",
-                    "was added after the model was prepared for FSDP",
-                    "Nothing was written: its tensors are unknown here, and were never averaged",
-                    "Add adapters before Trainer.train() is called, or delete it before saving",
-                ),
-                tensor=adapter,
-            )
+            continue
         differing = sorted(set(entry) ^ prepared.expected[adapter])
         if differing:
             raise AdapterError(

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from trainer_fsdp_patch import inventory, sync
+from trainer_fsdp_patch import inventory, sync, versions
 from trainer_fsdp_patch.prepared import Prepared, prepared_for
 
 
@@ -28,11 +28,20 @@ def whole(model: Any, prepared: Prepared) -> dict[str, Any]:
 
 
 def stored(prepared: Prepared, named: dict[str, Any]) -> dict[str, Any]:
-    """The same tensors in the dtypes that the adapter was given; accelerate trains sharded ones in fp32."""
+    """The same tensors in the dtypes that they were given, or cast to; accelerate trains sharded ones in fp32."""
     import torch
 
+    if prepared.cast is not None:
+        return {name: tensor.to(prepared.cast) for name, tensor in named.items()}
     dtypes = {item.tensor.name: getattr(torch, item.tensor.dtype) for item in prepared.plan.sharded}
     return {name: tensor.to(dtypes[name]) for name, tensor in named.items()}
+
+
+def dtype(model: Any, prepared: Prepared) -> Any:
+    """Of the sharded tensors as FSDP holds them, or None where there are none."""
+    flat = [unit._handle.flat_param for unit in own_units(model) if unit._handle]
+    held = flat or [tensor for _, tensor in _named(model, prepared)]
+    return held[0].dtype if held else None
 
 
 def own_units(model: Any) -> list[Any]:
@@ -101,15 +110,18 @@ def put(model: Any, prepared: Prepared, values: dict[str, Any]) -> None:
             sync.broadcast([value])
             if sharded:
                 # Every rank has all of it now, so each takes its part without another collective.
-                local.copy_(_part(tensor, value))
+                local.copy_(part(tensor, value))
             else:
                 tensor.copy_(value)
 
 
-def _part(tensor: Any, value: Any) -> Any:
+def part(tensor: Any, value: Any) -> Any:
+    """This rank's part of a full value that every rank has, laid out as a sharded tensor is; all take part."""
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+    # until torch 2.7: rank 0 hands the parts out, where each could take its own
+    alone: dict[str, Any] = {"src_data_rank": None} if versions.at_least("torch", "2.7.0") else {}
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements, **alone).to_local()
 
 
 def _named(model: Any, prepared: Prepared) -> list[tuple[str, Any]]:
@@ -123,6 +135,15 @@ def _named(model: Any, prepared: Prepared) -> list[tuple[str, Any]]:
     return [(name, found[name]) for name in prepared.sharded if name in found]
 
 
+def make_root(model: Any) -> None:
+    """Have FSDP1 know its root: the first unit that is summoned becomes one for good, so the real one comes first."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if getattr(model, "_is_root", None) is None:
+        with FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False):
+            pass
+
+
 @contextlib.contextmanager
 def _summoned(model: Any, *, writeback: bool) -> Iterator[None]:
     """FSDP1's units that train something, whole; FSDP2 needs no such thing."""
@@ -130,10 +151,8 @@ def _summoned(model: Any, *, writeback: bool) -> Iterator[None]:
 
     summon = FullyShardedDataParallel.summon_full_params
     units = own_units(model)
-    if units and getattr(model, "_is_root", None) is None:
-        # The first unit that is summoned becomes a root for good, so the real one has to come first.
-        with summon(model, recurse=False, writeback=False):
-            pass
+    if units:
+        make_root(model)
     with contextlib.ExitStack() as stack:
         for module in units:
             stack.enter_context(summon(module, recurse=False, writeback=writeback))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,13 +41,15 @@ def enable(accelerator: Any, results: Any) -> None:
 
 
 class _InStep:
-    """`generate()` with `synced_gpus` unless the caller says otherwise, under the run's autocast."""
+    """transformers' `generate()` with `synced_gpus` unless the caller says otherwise, under the run's autocast."""
 
     def __init__(self, upstream: Callable[..., Any], accelerator: Any) -> None:
         self.upstream, self.accelerator = upstream, accelerator
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs.setdefault("synced_gpus", self.accelerator.num_processes > 1)
+        # A model's own generate() gets what its caller gives; transformers' has the argument by name.
+        if "synced_gpus" in inspect.signature(self.upstream).parameters:
+            kwargs.setdefault("synced_gpus", self.accelerator.num_processes > 1)
         with self.accelerator.autocast():
             return self.upstream(*args, **kwargs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +48,19 @@ class Tensor:
     persistent: bool
 
 
+def is_module(model: Any) -> bool:
+    """Whether an object is a torch module; nothing is imported where nobody can hold one."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(model, torch.nn.Module)
+
+
 def has_adapter(model: Any) -> bool:
-    """Whether a PEFT method sits in the model, put there by `get_peft_model` or by transformers."""
+    """Whether a PEFT method sits in the model, put there by `get_peft_model` or by transformers.
+
+    peft is not imported: where nobody has, nobody holds an adapter.
+    """
+    if sys.modules.get("peft") is None or not is_module(model):
+        return False
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -69,12 +81,28 @@ def is_unwrapped_adapter(model: Any) -> bool:
     return has_adapter(model) and not fsdp_version(model)
 
 
+def is_saved_alone(model: Any) -> bool:
+    """Whether upstream's save of a model writes its adapter and nothing of the base.
+
+    peft's own models and those of transformers' `add_adapter` are saved so; a base into which a user has injected an
+    adapter, and a mixed model, are written tensor by tensor.
+
+    Args:
+        model: a bare one.
+    """
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False) is True
+
+
 def is_native(model: Any) -> bool:
     """Whether transformers has sharded the model over FSDP's dimension alone while it loaded it."""
     config = getattr(getattr(model, "config", None), "distributed_config", None)
+    if config is None:
+        return False
     others = ("tp_size", "ep_size", "pp_size")
-    alone = config is not None and all((getattr(config, name, None) or 1) == 1 for name in others)
-    return alone and fsdp_version(model) == 2
+    alone = all((getattr(config, name, None) or 1) == 1 for name in others)
+    return is_module(model) and alone and fsdp_version(model) == 2
 
 
 def named_tensors(model: Any) -> Iterator[tuple[str, str, str, Any, Any, bool]]:
@@ -211,8 +239,9 @@ def _parts(tensor: Any) -> list[Any]:
     return [getattr(data, name) for name in data.__tensor_flatten__()[0]]
 
 
-def _nbytes(tensor: Any) -> int:
-    return sum(map(_nbytes, _parts(tensor))) or tensor.numel() * tensor.element_size()
+def nbytes_of(tensor: Any) -> int:
+    """Bytes of a tensor, or of those that a tensor subclass keeps in its place."""
+    return sum(map(nbytes_of, _parts(tensor))) or tensor.numel() * tensor.element_size()
 
 
 def take(model: Any) -> list[Tensor]:
@@ -265,7 +294,7 @@ def _entry(names: list[str], kind: str, role: str, tensor: Any, owned: bool, per
         module=names[0].rpartition(".")[0],
         shape=tuple(tensor.shape),
         dtype=type(tensor.data).__name__ if _parts(tensor) else str(tensor.dtype).removeprefix("torch."),
-        nbytes=_nbytes(tensor),
+        nbytes=nbytes_of(tensor),
         trainable=bool(tensor.requires_grad),
         owned=owned,
         persistent=persistent,

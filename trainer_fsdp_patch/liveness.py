@@ -1,4 +1,4 @@
-"""Whether training moves an adapter at all: a file that equals its start is refused."""
+"""Whether training moves an adapter at all: a save warns of one that equals its start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from trainer_fsdp_patch import sync
-from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.errors import warn
 
 
 class Liveness:
@@ -40,25 +40,22 @@ class Liveness:
         ours = [group for group in groups if not self.known.isdisjoint(map(id, group["params"]))]
         self.steps += any(_moves(group["lr"]) for group in ours or groups)
 
-    def refuse_unmoved(self) -> None:
-        """Refuse an adapter that steps with gradients have left as it was, bit for bit.
+    def warn_unmoved(self) -> None:
+        """Warn of an adapter that steps with gradients have left as it was, bit for bit.
 
-        Raises:
-            AdapterError: on all ranks, as they hold the same adapter.
+        One process saves such a run: in bf16 the first small steps of a warm-up round to nothing.
         """
         if self.moved or not self.steps or self.largest is None or not float(self.largest) > 0:
             return
         self.moved = _differ(self.start, self.tensors)
         if not self.moved:
-            raise AdapterError(
-                message(
-                    "adapter",
-                    f"all of its {len(self.tensors)} trainable tensors are what they were before {self.steps} steps "
-                    "with gradients",
-                    "Nothing was written: it would be an adapter without effect",
-                    "Check that the optimizer holds its parameters, and that the learning rate is not too small for "
-                    "their dtype",
-                )
+            warn(
+                "adapter",
+                f"all of its {len(self.tensors)} trainable tensors are what they were before {self.steps} steps "
+                "with gradients",
+                "It is written as it is, an adapter without effect so far",
+                "Check that the optimizer holds its parameters, and that the learning rate is not too small for "
+                "their dtype",
             )
 
 

@@ -6,9 +6,34 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.prepared import any_prepared
 from trainer_fsdp_patch.shadowing import shadowed
 
 _SHARED = ("vera_A", "vera_B")
+
+
+def is_apart(layer: Any, arguments: dict[str, Any]) -> bool:
+    """Whether a VeRA layer's shared projections have another device than its input or another dtype than lambda.
+
+    Args:
+        layer: peft's VeRA layer.
+        arguments: of its forward, by name.
+    """
+    device = getattr(arguments.get("x"), "device", None)
+    if device is None:
+        return False
+    dtypes = {adapter: vector.dtype for adapter, vector in layer.vera_lambda_d.items()}
+    return any_prepared() or any(
+        device != shared.device or shared.dtype != dtypes.get(adapter, shared.dtype)
+        for name in _SHARED
+        for adapter, shared in getattr(layer, name).items()
+    )
+
+
+def lacks_embedding_parallel(instance: Any, arguments: dict[str, Any]) -> bool:
+    """Whether transformers has no such class, without which peft 0.19 loads no adapter in a distributed run."""
+    return versions.at_least("transformers", "5.16.0")
 
 
 @contextlib.contextmanager

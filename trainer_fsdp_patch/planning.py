@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from trainer_fsdp_patch import budget, inventory
+from trainer_fsdp_patch import budget, expecting, inventory
 from trainer_fsdp_patch.errors import PlanError, message
 from trainer_fsdp_patch.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, Tensor
 
@@ -43,6 +43,7 @@ class Plan:
         autocast: dtype of the autocast around the forward, as a name, or None.
         reasons: one sentence for each flag that differs from what was asked, and one for trainable tensors that are
             sharded.
+        units: the expected units of FSDP and what each shards, the root first; None where they do not go by class.
     """
 
     fsdp_version: int
@@ -51,6 +52,7 @@ class Plan:
     param_dtype: str | None
     autocast: str | None
     reasons: tuple[str, ...]
+    units: expecting.Units | None = None
 
     @property
     def set_aside(self) -> tuple[Placement, ...]:
@@ -157,7 +159,10 @@ def make_plan(
         )
     compute, reasons = _param_dtype(placements, amp, param_dtype)
     flag = _orig_params(fsdp_version, use_orig_params)
-    return Plan(fsdp_version, placements, flag, compute, amp, (*reasons, *said))
+    parameters = [item for item in placements if item.tensor.kind == "parameter"]
+    held = [item.tensor.name for item in parameters if item.placement == SHARD]
+    cut = expecting.units(model, held, roots, fsdp_version) if roots else None
+    return Plan(fsdp_version, placements, flag, compute, amp, (*reasons, *said), cut)
 
 
 def _known(setting: str, found: Any, supported: dict[Any, Any]) -> Any:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import inventory, planning, units
@@ -30,28 +31,26 @@ def version_of(plugin: Any) -> int:
 def record(plugin: Any, asked: dict[str, Any]) -> None:
     """Keep what a user gave the FSDP plugin explicitly, so that it wins over a plan later.
 
+    Nothing is checked and nothing changed before a plan is made: whose run it is to be is not known yet.
+
     Args:
         plugin: accelerate's FullyShardedDataParallelPlugin, after its init.
         asked: names and values of the arguments it was given; None counts as not given.
-
-    Raises:
-        PlanError: an argument can never be right; nothing is prepared yet.
     """
-    setattr(plugin, _ASKED, {name for name, value in asked.items() if value is not None})
-    if isinstance(plugin.ignored_modules, str):
-        planning.expression(plugin.ignored_modules)
-    elif plugin.ignored_modules is not None:
-        plugin.ignored_modules = planning.modules_only(plugin.ignored_modules)
-    warn_of_flag(plugin, asked)
+    plain = {
+        name: value if isinstance(value, (bool, str)) else None for name, value in asked.items() if value is not None
+    }
+    setattr(plugin, _ASKED, plain)
 
 
-def warn_of_flag(plugin: Any, asked: dict[str, Any]) -> None:
+def warn_of_flag(plugin: Any, config: dict[str, Any]) -> None:
     """Warn where `use_orig_params` is false for FSDP2, which has no such flag; the run itself stays right.
 
     Args:
         plugin: accelerate's FullyShardedDataParallelPlugin.
-        asked: arguments of its init, or `fsdp_config` of the TrainingArguments.
+        config: `fsdp_config` of the TrainingArguments.
     """
+    asked = {**config, **getattr(plugin, _ASKED, {})}
     if version_of(plugin) == 2 and str(asked.get("use_orig_params")).lower() == "false":
         warn(
             "use_orig_params",
@@ -118,6 +117,9 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
     Raises:
         PlanError: a setting contradicts the model.
     """
+    if isinstance(plugin.ignored_modules, Iterator):
+        # accelerate is going to read it once more.
+        plugin.ignored_modules = list(plugin.ignored_modules)
     dtype = getattr(policy, "param_dtype", None)
     plan = planning.make_plan(
         model,
@@ -127,7 +129,7 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
         ignored_modules=user_ignored(plugin),
         param_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         units=unit_classes(plugin),
-        ranks=accelerator.num_processes,
+        ranks=shards(accelerator, plugin),
     )
     buffers = getattr(policy, "buffer_dtype", None)
     for item in plan.set_aside:
@@ -144,6 +146,28 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
                 setting="mixed_precision_policy",
             )
     return plan
+
+
+def shards(accelerator: Any, plugin: Any) -> int:
+    """Number of ranks over which FSDP shards one copy of the base: fewer than all where groups of them hold it each.
+
+    Args:
+        accelerator: the run's.
+        plugin: accelerate's FullyShardedDataParallelPlugin.
+    """
+    import torch
+
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    if getattr(accelerator, "parallelism_config", None) is not None and mesh is not None:
+        return int(mesh["dp_shard_cp"].size())
+    strategy = str(getattr(plugin, "sharding_strategy", None))
+    if "NO_SHARD" in strategy:
+        return 1
+    if "HYBRID" not in strategy:
+        return int(accelerator.num_processes)
+    # FSDP1 takes the devices of a machine for a group.
+    devices = getattr(torch, accelerator.device.type).device_count()
+    return min(int(accelerator.num_processes), max(1, int(devices)))
 
 
 def set_flags(prepared: Prepared, plugin: Any, explicit: Any) -> None:
@@ -191,9 +215,8 @@ def _wrap_policy(prepared: Prepared, plugin: Any) -> None:
     plugin.auto_wrap_policy = _users_policy(plugin)
     plugin.set_auto_wrap_policy(model)
     if getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is size_based_auto_wrap_policy:
-        plugin.auto_wrap_policy = functools.partial(
-            _allowed, policy=plugin.auto_wrap_policy, barred=units.barred(model)
-        )
+        barred = units.barred(model, {id(tensor) for tensor in prepared.tensors})
+        plugin.auto_wrap_policy = functools.partial(_allowed, policy=plugin.auto_wrap_policy, barred=barred)
     if not wanted:
         return
     names = {id(tensor): name for name, _, _, _, tensor, _ in inventory.named_tensors(model)}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer_fsdp_patch import inventory, sync, units
+from trainer_fsdp_patch import gradients, inventory, sync, units
 from trainer_fsdp_patch.errors import AdapterError, message
 from trainer_fsdp_patch.liveness import Liveness
 from trainer_fsdp_patch.shadowing import shadowed
@@ -16,6 +18,11 @@ if TYPE_CHECKING:
     from trainer_fsdp_patch.planning import Plan
 
 _PREPARED: weakref.WeakKeyDictionary[Any, Prepared] = weakref.WeakKeyDictionary()
+_PARTS: weakref.WeakKeyDictionary[Any, Callable[[], Any]] = weakref.WeakKeyDictionary()
+
+
+def _nobody() -> None:
+    """In place of a weak reference, before there is one."""
 
 
 class Prepared:
@@ -25,12 +32,13 @@ class Prepared:
         plan: the plan.
         names: canonical names of the tensors set aside; tensors: the tensors, in the same order.
         sharded: canonical names of the trainable tensors that FSDP shards, whose gradients it averages itself.
+        cast: dtype that a user, or the Trainer, has cast these to since, or None.
         groups: data-parallel process groups that gradients are averaged over.
         native: whether transformers sharded the base while it loaded it, and accelerate knows of no FSDP.
-        liveness: whether training moves it, from `watch` on.
+        accelerator: gives the one that prepares the model, from `watch` on, as long as it lives.
+        liveness, averaging: whether training moves it, and when gradients are averaged; from `watch` on.
         loading: whether a Trainer is reading a checkpoint; failure: why this rank refused it, or ""; read: what it has
             read of sharded tensors.
-        counted: a step's count of items over all ranks, and the share of one.
     """
 
     def __init__(self, model: Any, plan: Plan, groups: Sequence[Any], *, native: bool = False) -> None:
@@ -38,13 +46,21 @@ class Prepared:
         self.plan, self.groups, self.native = plan, groups, native
         self.roles = {item.tensor.name: item.tensor.role for item in plan.set_aside}
         self.sharded = [item.tensor.name for item in plan.sharded]
+        self.cast: Any = None
         self.expected: dict[str, set[str]] = {}
         self.loading, self.failure = False, ""
         self.read: dict[str, Any] = {}
         self.liveness: Liveness | None = None
-        self.counted: tuple[Any, float] = (None, 0.0)
-        self._pending: set[int] = set()
+        self.averaging: gradients.Averaging | None = None
+        self.accelerator: Callable[[], Any] = _nobody
+        self._optimizers: set[tuple[int, int]] = set()
+        self._trained: set[int] = set()
         self.refresh()
+
+    def wrapped(self) -> Any:
+        """The model as its accelerator holds it, in FSDP1's root; the bare one where it holds none."""
+        owner, model = self.accelerator(), self.model()
+        return next((item for item in getattr(owner, "_models", ()) if inventory.bare(item) is model), model)
 
     def refresh(self) -> None:
         """Look the tensors up again, after moves that may have replaced objects."""
@@ -62,75 +78,130 @@ class Prepared:
         }
 
     def average_gradients(self) -> None:
-        """Average the gradients of what is replicated and trainable now.
+        """Average the gradients of what is replicated and was trainable at any time, as DDP does.
 
-        Raises:
-            AdapterError: a parameter became trainable that the plan does not know.
+        What is trainable right now may differ between ranks: peft's `disable_adapter()` freezes the adapter inside it.
         """
-        model = self.model()
-        for name, parameter in model.named_parameters() if model is not None else ():
-            if parameter.requires_grad and id(parameter) not in self._known and not self._is_sharded(name):
-                raise AdapterError(
-                    message(
-                        inventory.canonical(name),
-                        "became trainable after the model was prepared for FSDP",
-                        "No rank averages its gradient and no optimizer steps it",
-                        "Add adapters before Trainer.train() is called, or start a new Trainer",
-                    ),
-                    tensor=inventory.canonical(name),
-                )
-        sync.average_gradients([tensor for tensor in self.tensors if tensor.requires_grad], self.groups)
-        self._pending.clear()
+        self._trained.update(id(tensor) for tensor in self.tensors if tensor.requires_grad)
+        sync.average_gradients([tensor for tensor in self.tensors if id(tensor) in self._trained], self.groups)
         if self.liveness is not None:
             self.liveness.note_gradients()
+
+    def later(self) -> dict[str, Any]:
+        """Tensors of adapters that came after the plan, by canonical name; FSDP has none of them."""
+        found: dict[int, tuple[str, Any]] = {}
+        for name, _, _, _, tensor, owned in inventory.named_tensors(self.model()):
+            # FSDP1 keeps the flat parameter of its root in the PeftModel itself.
+            flat = getattr(tensor, "_is_flat_param", False)
+            sharded = flat or isinstance(tensor, inventory.dtensor()) or self._is_sharded(name)
+            if owned and not sharded and id(tensor) not in self._known:
+                found.setdefault(id(tensor), (name, tensor))
+        return dict(found.values())
+
+    def take_up(self, later: dict[str, Any]) -> None:
+        """Average and compare these too from now on.
+
+        Args:
+            later: from `later`, with the same bits on all ranks.
+        """
+        for name, tensor in later.items():
+            self.roles[name] = inventory.ADAPTER if tensor.requires_grad else inventory.PROJECTION
+        self.refresh()
+        self.liveness = Liveness([tensor for tensor in self.tensors if tensor.requires_grad])
+        if self.averaging is not None:
+            self.averaging.note(later.values())
 
     def _is_sharded(self, name: str) -> bool:
         """Whether FSDP has a parameter; FSDP1 may show it as a flat one of its unit."""
         name = inventory.canonical(name)
         return name in self.sharded or (bool(self.sharded) and name.endswith("_flat_param"))
 
-    def watch(self) -> None:
-        """Refuse optimizer steps with gradients that no average has seen.
+    def watch(self, accelerator: Any) -> None:
+        """Average from now on at the end of each backward pass, and before a step that finds something left.
 
-        A training loop that calls `loss.backward()` instead of `Accelerator.backward` would otherwise
-        train an adapter of its own on each rank.
+        Args:
+            accelerator: whose flag says which passes synchronise.
         """
         from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-        # The hooks outlive neither the model nor keep it alive, so they hold these two and not self.
-        known, pending = self._known, self._pending
-        self.liveness = liveness = Liveness([tensor for tensor in self.tensors if tensor.requires_grad])
+        model = self.model()
+        record, owner = weakref.ref(self), weakref.ref(accelerator)
+        self.accelerator = owner
+        trained = [tensor for tensor in self.tensors if tensor.requires_grad]
+        self._trained = set(map(id, trained))
+        self.liveness = Liveness(trained)
+        self.averaging = gradients.Averaging(
+            self.tensors, self.average_gradients, functools.partial(gradients.synchronises, owner, self.model)
+        )
+        model.register_forward_hook(gradients.watch_outputs)
 
-        def note(parameter: Any) -> None:
-            pending.add(id(parameter))
+        def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+            # The hook is torch's and outlives the model, so it holds neither the record nor the tensors.
+            prepared = record()
+            if prepared is not None:
+                prepared.before_step(optimizer)
 
-        def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
-            stepped = {id(item) for group in optimizer.param_groups for item in group["params"]} if pending else set()
-            if not stepped.isdisjoint(known & pending):
+        weakref.finalize(model, register_optimizer_step_pre_hook(before_step).remove)
+
+    def before_step(self, optimizer: Any) -> None:
+        """Before an optimizer's step: average what no pass has averaged, and refuse what cannot be averaged.
+
+        Args:
+            optimizer: any of this process.
+
+        Raises:
+            AdapterError: it steps a parameter of the model that no plan knows.
+        """
+        assert self.liveness is not None
+        assert self.averaging is not None
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if (id(optimizer), len(stepped)) not in self._optimizers:
+            self._refuse_unknown(stepped)
+            self._optimizers.add((id(optimizer), len(stepped)))
+        if self.averaging.pending and not self.averaging.pending.isdisjoint(map(id, stepped)):
+            self.averaging.finish()
+        self.liveness.note_step(optimizer)
+
+    def _refuse_unknown(self, stepped: list[Any]) -> None:
+        others = {id(parameter) for parameter in stepped if parameter.requires_grad} - self._known
+        for name, parameter in self.model().named_parameters() if others else ():
+            owned = isinstance(parameter, inventory.dtensor()) or self._is_sharded(name)
+            if id(parameter) in others and not owned:
                 raise AdapterError(
                     message(
-                        "optimizer.step",
-                        "the adapter has gradients that were not averaged over the ranks",
-                        "Each rank would train an adapter of its own",
-                        "Call Accelerator.backward(loss), as Trainer.training_step does, and not loss.backward()",
-                    )
+                        inventory.canonical(name),
+                        "became trainable after the model was prepared for FSDP, and the optimizer steps it",
+                        "No rank averages its gradient: each would train one of its own",
+                        "Add adapters before Trainer.train() is called, or start a new Trainer",
+                    ),
+                    tensor=inventory.canonical(name),
                 )
-            liveness.note_step(optimizer)
-
-        for tensor in self.tensors:
-            if tensor.requires_grad:
-                tensor.register_post_accumulate_grad_hook(note)
-        weakref.finalize(self.model(), register_optimizer_step_pre_hook(refuse).remove)
 
 
 def prepared_for(model: Any) -> Prepared | None:
-    """Record of a model, wrapped or not, if a plan was applied to it."""
+    """Record of a model, wrapped or not, if a plan was applied to it; None for whatever is no module."""
+    # Asked first: runs that are not ours pay for no more than this, and import nothing.
+    if not _PREPARED or not inventory.is_module(model):
+        return None
     return _PREPARED.get(inventory.bare(model))
+
+
+def prepared_with(module: Any) -> Prepared | None:
+    """Record of the planned model that a module is, or is inside of; each module is looked for once a plan."""
+    found = prepared_for(module)
+    if found is not None or not _PREPARED or not inventory.is_module(module):
+        return found
+    if module not in _PARTS:
+        models = [(item, item.model()) for item in _PREPARED.values()]
+        owner = next((item for item, model in models if any(part is module for part in model.modules())), None)
+        _PARTS[module] = _nobody if owner is None else weakref.ref(owner)
+    part: Prepared | None = _PARTS[module]()
+    return part
 
 
 def prepared_by(trainer: Any) -> Prepared | None:
     """Record of a Trainer's model, if a plan was applied to it."""
-    return None if trainer.model is None else prepared_for(trainer.model)
+    return prepared_for(getattr(trainer, "model", None))
 
 
 def any_prepared() -> bool:
@@ -138,9 +209,14 @@ def any_prepared() -> bool:
     return bool(_PREPARED)
 
 
+none_prepared: Callable[[], bool] = functools.partial(operator.not_, _PREPARED)
+"""Whether it has none; next to nothing to call, since every step of runs that are not ours asks it."""
+
+
 def keep(model: Any, prepared: Prepared) -> None:
     """Remember the record for as long as the model lives."""
     _PREPARED[model] = prepared
+    _PARTS.clear()
 
 
 def in_order(parameters: Iterable[Any]) -> list[Any]:
@@ -153,16 +229,22 @@ def in_order(parameters: Iterable[Any]) -> list[Any]:
     return sorted(parameters, key=lambda parameter: places.get(id(parameter), len(places)))
 
 
-def average_gradients(accelerator: Any) -> None:
-    """Average the replicated gradients of every planned model that the accelerator holds.
+def held_by(accelerator: Any) -> list[Prepared]:
+    """Records of the planned models that an accelerator holds, each once."""
+    found = {id(item): item for item in map(prepared_for, accelerator._models) if item is not None}
+    return list(found.values())
 
-    Raises:
-        AdapterError: a parameter became trainable that no plan knows.
+
+def backward(upstream: Callable[[], Any], accelerator: Any) -> Any:
+    """Average the replicated gradients of every planned model after a backward pass of accelerate's.
+
+    Args:
+        upstream: the pass.
+        accelerator: whose flag says whether it synchronises.
     """
-    for model in accelerator._models:
-        prepared = prepared_for(model)
-        if prepared is not None:
-            prepared.average_gradients()
+    return gradients.backward(
+        upstream, accelerator, [item.averaging for item in held_by(accelerator) if item.averaging]
+    )
 
 
 @contextlib.contextmanager

@@ -67,6 +67,8 @@ class Patch:
         fixed_in: release that repaired the fault, or None while upstream is open.
         needs: names of patches without which this one would do harm.
         alongside: the same, of patches that do not concern every supported release.
+        vital: whether a plan is wrong without it, so that a function that was put in its place matters at once; others
+            may be replaced by somebody's own that calls them.
         witness: upstream function whose body has the fault, where that is not a wrapped one; it is watched
             by `seams`, and the range is held against it.
     """
@@ -80,11 +82,12 @@ class Patch:
         fixed_in: str | None = None,
         needs: tuple[str, ...] = (),
         alongside: tuple[str, ...] = (),
+        vital: bool = False,
         witness: tuple[str, str] | None = None,
     ) -> None:
         self.name = module.rsplit(".", 1)[-1]
         self.versions, self.target, self.fixed_in = versions, target, fixed_in
-        self.needs, self.alongside, self.witness = needs, alongside, witness
+        self.needs, self.alongside, self.vital, self.witness = needs, alongside, vital, witness
         documentation = (sys.modules[module].__doc__ or "").strip()
         self.effect = documentation.split("\n", 1)[0]
         self.upstream = documentation.partition("Upstream: ")[2].split("\n", 1)[0].strip()
@@ -93,16 +96,19 @@ class Patch:
         self.wanted = self.hooked = self.strict = False
         self.late = ""
 
-    def wrap(self, path: str, *parameters: str) -> Callable[[wrapping.WrapperFunction], wrapping.WrapperFunction]:
+    def wrap(
+        self, path: str, *parameters: str, only: wrapping.Gate | None
+    ) -> Callable[[wrapping.WrapperFunction], wrapping.WrapperFunction]:
         """Put the decorated function, in wrapt's four-argument form, around `path` of the target.
 
         Args:
             path: dotted path inside the target module.
             parameters: names of the upstream function's parameters, in order.
+            only: which calls the function gets, of `gates`; all others go upstream as they came. None is all calls.
         """
 
         def add(function: wrapping.WrapperFunction) -> wrapping.WrapperFunction:
-            self.seams.append(wrapping.Seam(path, parameters, function, self.is_complete))
+            self.seams.append(wrapping.Seam(path, parameters, function, self.is_complete, only))
             return function
 
         return add
@@ -119,6 +125,14 @@ class Patch:
     def is_complete(self) -> bool:
         """Whether every patch that this one needs is applied too."""
         return all(item.state == APPLIED for item in self._required)
+
+    def stands(self) -> bool:
+        """Whether the vital patches among those that it needs are in place; what was assigned over is wrapped again.
+
+        Said once for each seam. Where one cannot be wrapped again, the patch stands back whole from this run.
+        """
+        found = [_reclaimed(item, seam) for item in self._required if item.vital for seam in item.seams]
+        return all(found)
 
     @functools.cached_property
     def _required(self) -> list[Patch]:
@@ -249,6 +263,24 @@ def _warn_late(late: str, strict: bool) -> None:
     if strict:
         raise PatchError(text, found=late)
     warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=4)
+
+
+def _reclaimed(item: Patch, seam: wrapping.Seam) -> bool:
+    module = sys.modules.get(item.target)
+    owner = "" if module is None else wrapping.replaced(module, seam)
+    if module is None or not owner:
+        return True
+    place = f"{item.target}.{seam.path}"
+    try:
+        wrapping.wrap_again(module, seam)
+    except PatchError as error:
+        why = f"The patches stand back from this run: {error}"
+        remedy = "Leave their function out, or do not call patch()"
+        warnings.warn(message(place, f"{owner} has replaced it", why, remedy), TrainerFsdpPatchWarning, stacklevel=2)
+        return False
+    text = message(place, f"{owner} has replaced it", "It is wrapped again, theirs inside", "Call patch() after theirs")
+    warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=2)
+    return True
 
 
 def _hook(item: Patch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer_fsdp_patch import checkpoint, gathering, inventory, reading, sync, verify
-from trainer_fsdp_patch.errors import AdapterError, message, warn
+from trainer_fsdp_patch.errors import AdapterError, message
 from trainer_fsdp_patch.prepared import Prepared, prepared_by, prepared_for
 from trainer_fsdp_patch.shadowing import shadowed
 
@@ -27,8 +27,8 @@ def model_state_dict(
     """The model part of a resume checkpoint: the adapter, whole on every rank.
 
     Args:
-        upstream: accelerate's own; it is asked for models that are not ours.
-        model: as prepared by accelerate.
+        upstream: accelerate's own; it is asked for what is more than the adapter.
+        model: as prepared by accelerate, planned.
         adapter_only: whether frozen base weights are left out.
         sd_options: torch's StateDictOptions under FSDP2 since accelerate 1.7, or None.
         full_by_canonical_name: whether this release of accelerate reads full FSDP2 checkpoints by the names of
@@ -73,47 +73,14 @@ def _place(tensor: Any) -> tuple[Any, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.dtype
 
 
-def last_checkpoint(upstream: Callable[..., Any], folder: Any) -> Any:
-    """The newest checkpoint of a run that is whole.
-
-    Args:
-        upstream: transformers' own, which takes the newest folder by its number.
-        folder: of the run.
-
-    Returns:
-        Path of the checkpoint, or None where there is none; upstream's answer where that is not of an adapter
-        under FSDP.
-    """
-    found = upstream(folder)
-    candidates = reading.checkpoints(Path(folder)) if found else []
-    if not any(verify.is_ours(item) for item in candidates):
-        return found
-    skipped, whole = [], None
-    for item in candidates:
-        lacks = verify.incomplete(item)
-        if not lacks:
-            whole = item
-            break
-        skipped.append(f"{item.name} ({lacks[0]})")
-    if not skipped:
-        return found
-    warn(
-        str(folder),
-        f"the last checkpoint is not whole: {', '.join(skipped)}",
-        f"The run resumes from {whole.name}" if whole else "There is none to resume from",
-        "Remove the folders that are not whole; `python -m trainer_fsdp_patch verify` says what they lack",
-    )
-    return str(whole) if whole else None
-
-
 def load_model_state_dict(
     upstream: Callable[..., Any], model: Any, state_dict: Any, adapter_only: bool = False, sd_options: Any = None
 ) -> Any:
     """Read the model part of a resume checkpoint into the replicated adapter; nothing is half read.
 
     Args:
-        upstream: accelerate's own; it is asked for models that are not ours.
-        model: as prepared by accelerate.
+        upstream: accelerate's own; it is asked for what is more than the adapter.
+        model: as prepared by accelerate, planned.
         state_dict: by keys of an adapter file or by canonical names; empty on ranks that get it from rank 0.
         adapter_only: whether frozen base weights are left out.
         sd_options: as for `model_state_dict`.
@@ -200,10 +167,11 @@ def load(upstream: Callable[[], Any], trainer: Any, folder: Any) -> Any:
         AdapterError: on all ranks, where the checkpoint is not whole or one rank refused what it read.
     """
     prepared = prepared_by(trainer)
-    if prepared is None:
-        return upstream()
+    assert prepared is not None
     where = Path(folder)
-    lacks = verify.incomplete(where)
+    # What other machines' disks lack is not theirs to read.
+    lacks = verify.unfinished(where) if trainer.is_world_process_zero() else []
+    lacks = sync.everyone(lacks, "load of a checkpoint")[0]
     result = None
     with _loading(prepared, trainer.model):
         if lacks:
@@ -246,13 +214,18 @@ def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _loading(prepared: Prepared, model: Any) -> Iterator[None]:
     prepared.loading, prepared.failure, prepared.read = True, "", {}
+    own: Exception | None = None
     try:
         yield
     except AdapterError as error:
         prepared.failure = str(error)
+    except Exception as error:
+        own, prepared.failure = error, f"{type(error).__name__}: {error}"
     finally:
         prepared.loading = False
     failures = sync.everyone(prepared.failure, "load of a checkpoint")
+    if own is not None:
+        raise own
     if any(failures):
         raise AdapterError(next(failure for failure in failures if failure))
     # Releases from 1.7 to 1.8 read a full FSDP2 checkpoint on rank 0 only, and later ones broadcast it themselves.
@@ -325,49 +298,6 @@ def answer_by_name(plugin: Any) -> None:
         return answer()
 
     vars(optimizer)["state_dict"] = state_dict
-
-
-def load_optimizer(
-    upstream: Callable[..., Any], model: Any, optimizers: Any, optim_state_dict: Any, *, options: Any = None
-) -> Any:
-    """Read an optimizer that keeps no state, such as plain SGD: torch asks its tensors for a device.
-
-    Args:
-        upstream: torch's `set_optimizer_state_dict`; it is asked wherever there is state.
-        model: as prepared by accelerate.
-        optimizers: the optimizer.
-        optim_state_dict: of the checkpoint; with `full_state_dict` rank 0 has it alone.
-        options: torch's StateDictOptions, or None.
-    """
-    if prepared_for(model) is None or not getattr(options, "full_state_dict", False):
-        return upstream(model, optimizers, optim_state_dict, options=options)
-    found = optim_state_dict or {}
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in found.get("param_groups", ())]
-    stateless = not any(found.get("state", {}).values())
-    stateless, settings = sync.everyone((stateless, settings), "load of the optimizer")[0]
-    if not stateless:
-        return upstream(model, optimizers, optim_state_dict, options=options)
-    for group, setting in zip(optimizers.param_groups, settings, strict=True):
-        group.update(setting)
-    return None
-
-
-def optimizer_to_load(
-    upstream: Callable[..., Any], model: Any, optim: Any, optim_state_dict: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """What FSDP1 makes of an optimizer's checkpoint; a distributed one has no entry where there was no state.
-
-    Args:
-        upstream: torch's `optim_state_dict_to_load`.
-        model: as wrapped by FSDP1.
-        optim: the optimizer.
-        optim_state_dict: of the checkpoint.
-        *args: for upstream.
-        **kwargs: for upstream.
-    """
-    if prepared_for(model) is not None and optim_state_dict and "state" not in optim_state_dict:
-        optim_state_dict = {**optim_state_dict, "state": {}}
-    return upstream(model, optim, optim_state_dict, *args, **kwargs)
 
 
 def _named_state(model: Any, optimizer: Any) -> Any:

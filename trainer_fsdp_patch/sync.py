@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,18 @@ if TYPE_CHECKING:
 
 _ROW = 256
 """Words of 8 bytes in a row of a fingerprint's table."""
+
+_FAILURE = "trainer_fsdp_patch/failure"
+"""Key of torch's store for the error of a rank that failed."""
+
+_MEETING = "trainer_fsdp_patch/meeting"
+"""Key of torch's store for ranks that wait for all others."""
+
+_VISITS: Counter[str] = Counter()
+"""How often all ranks have met at a place."""
+
+PATIENCE = 300.0
+"""Seconds that a rank waits for the others before collectives that one rank alone may have asked for."""
 
 BUCKET_BYTES = 256 * 2**20
 """Largest flat buffer that one all-reduce gets, in bytes; small adapters fit into one."""
@@ -36,7 +49,7 @@ def collective(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        found = (str(error).strip() or type(error).__name__).splitlines()[0]
+        found = _first_failure() or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RankError(
             message(
                 what,
@@ -45,6 +58,100 @@ def collective(what: str) -> Iterator[None]:
                 "See the log of the rank that ended first, and resume from the last checkpoint",
             )
         ) from error
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Around what all ranks do: one that fails leaves its error where those that wait for it read it.
+
+    Without this the last line of a log is of a rank that was waiting, and says nothing of the cause.
+    """
+    import torch.distributed as dist
+
+    try:
+        yield
+    except RankError:
+        raise
+    except Exception as error:
+        kept = store() if dist.is_initialized() else None
+        if kept is not None:
+            with contextlib.suppress(RuntimeError):
+                kept.set(_FAILURE, f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+        raise
+
+
+def _first_failure() -> str:
+    """What a rank that failed has said, or ""; rank 0's store may have gone with it."""
+    import datetime
+
+    kept = store()
+    if kept is None:
+        return ""
+    try:
+        kept.wait([_FAILURE], datetime.timedelta(seconds=1))
+        return str(kept.get(_FAILURE).decode()).strip().rstrip(".")
+    except RuntimeError:
+        return ""
+
+
+def store() -> Any:
+    """Torch's own store of the process group, or None."""
+    from torch.distributed import distributed_c10d
+
+    get = getattr(distributed_c10d, "_get_default_store", None)
+    return None if get is None else get()
+
+
+def meet(subject: str, found: str, consequence: str, remedy: str) -> None:
+    """Before collectives that a program may have asked for on one rank alone: wait until all ranks are here.
+
+    Args:
+        subject: of the error.
+        found: why all ranks are needed.
+        consequence: what was spared.
+        remedy: what to do.
+
+    Raises:
+        AdapterError: a rank has not come in `PATIENCE` seconds.
+    """
+    if missing(_MEETING, PATIENCE):
+        raise AdapterError(message(subject, f"{found} in {PATIENCE:g} s", consequence, remedy))
+
+
+def missing(place: str, patience: float) -> list[int]:
+    """Ranks that have not come to a place of the program, which this one has come to and waits at.
+
+    Args:
+        place: key of torch's store.
+        patience: seconds to wait for all of them.
+
+    Returns:
+        Nothing where all are here. Who comes later waits in its turn, and does not find this rank gone.
+    """
+    import datetime
+
+    import torch.distributed as dist
+
+    kept = store() if dist.is_initialized() else None
+    if kept is None:
+        return []
+    keys = [f"{place}/{_VISITS[place]}/{rank}" for rank in range(dist.get_world_size())]
+    kept.set(keys[dist.get_rank()], "here")
+    try:
+        kept.wait(keys, datetime.timedelta(seconds=patience))
+    except RuntimeError:
+        absent = [rank for rank, key in enumerate(keys) if not kept.check([key])]
+        kept.delete_key(keys[dist.get_rank()])
+        return absent
+    _VISITS[place] += 1
+    return []
+
+
+def is_main() -> bool:
+    """Whether this is the first rank, or no rank of many."""
+    import torch.distributed as dist
+
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def broadcast(tensors: Iterable[torch.Tensor]) -> None:
@@ -156,6 +263,28 @@ def everyone(value: Any, what: str) -> list[Any]:
     with collective(what):
         dist.all_gather_object(values, value)
     return values
+
+
+def first_difference(items: dict[str, Any], what: str) -> tuple[str, int, Any, Any] | None:
+    """The first of some named values that is another one, or "absent", on some rank.
+
+    Args:
+        items: this rank's; they are pickled.
+        what: for the error.
+
+    Returns:
+        Its name, that rank, and the values on rank 0 and there; None where all are alike.
+
+    Raises:
+        RankError: another rank has ended.
+    """
+    first, *others = everyone(items, what)
+    for rank, other in enumerate(others, 1):
+        for name in (*first, *other):
+            here, there = first.get(name, "absent"), other.get(name, "absent")
+            if here != there:
+                return name, rank, here, there
+    return None
 
 
 def anywhere(flag: bool, device: Any, what: str) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import multiprocessing
@@ -22,7 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer_fsdp_patch import cpu, stack
+from trainer_fsdp_patch import cpu, expecting, footprint, inventory, stack
+from trainer_fsdp_patch.footprint import Footprint
+from trainer_fsdp_patch.prepared import prepared_by
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}
 """Largest relative error of an update, by the lowest precision that takes part in the forward."""
@@ -82,7 +85,11 @@ class Setup:
 
 @dataclass
 class Outcome:
-    """What a run gave: an error in one line, or its numbers and the folder of its saved adapter."""
+    """What a run gave: an error in one line, or its numbers and the folder of its saved adapter.
+
+    `footprint` is what FSDP took of rank 0 in the steps, also where the run failed after them, and `planned` what the
+    plan said of it.
+    """
 
     error: str = ""
     losses: list[float] = field(default_factory=list)
@@ -90,6 +97,8 @@ class Outcome:
     steps: list[dict[str, Any]] = field(default_factory=list)
     folder: str = ""
     collectives: list[int] = field(default_factory=list)
+    footprint: Footprint | None = None
+    planned: Footprint | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -279,7 +288,7 @@ def train(
     torch.manual_seed(0)
     model = configure(getattr(configure, "load", load_base)(base, setup))
     nudge(model)
-    recorder = _recorder()
+    recorder = _recorder(inventory.take(model))
     trainer = recorder.trainer(
         model=model,
         args=given,
@@ -290,14 +299,36 @@ def train(
     save = getattr(configure, "save", None)
     if ranks == 1:
         _save(trainer, save, f"{folder}/init")
-    trainer.train(resume_from_checkpoint=setup.resume or None)
-    with recorder.count() as counted:
-        _save(trainer, save, folder)
     outcome: Outcome = recorder.outcome
+    try:
+        trainer.train(resume_from_checkpoint=setup.resume or None)
+        outcome.planned = _planned(trainer, outcome.footprint)
+        with recorder.count() as counted:
+            _save(trainer, save, folder)
+    except Exception as error:
+        return _failed(error, outcome)
     outcome.extra["saved_collectives"] = counted.total
     outcome.folder = folder
     outcome.norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     return outcome
+
+
+def _planned(trainer: Any, seen: Footprint | None) -> Footprint | None:
+    """What the plan of a patched run says that it takes of a rank."""
+    prepared = prepared_by(trainer)
+    if prepared is None or seen is None:
+        return None
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    # FSDP2 has nothing of that name, and gathers ahead in any case.
+    prefetched = getattr(plugin, "backward_prefetch", None) is not None
+    return expecting.footprint(prepared.plan, seen.ranks, prefetched=prefetched)
+
+
+def _failed(error: BaseException, outcome: Outcome) -> Outcome:
+    """The error in one line, beside what the run did before it."""
+    first = (str(error).strip() or "no text").splitlines()[0]
+    extra = {**outcome.extra, "traceback": "".join(traceback.format_exception(error))}
+    return Outcome(error=f"{type(error).__name__}: {first}", footprint=outcome.footprint, extra=extra)
 
 
 def _save(trainer: Any, save: Any, folder: str) -> None:
@@ -323,8 +354,12 @@ def counter() -> Any:
     return Count
 
 
-def _recorder() -> Any:
-    """A callback that keeps what is compared: losses, collectives and the adapter of each step."""
+def _recorder(tensors: list[inventory.Tensor]) -> Any:
+    """A callback that keeps what is compared: losses, collectives, footprint and the adapter of each step.
+
+    Args:
+        tensors: of the model before it is wrapped.
+    """
     import torch
     from transformers import Trainer, TrainerCallback
 
@@ -332,6 +367,9 @@ def _recorder() -> Any:
 
     class Recorder(TrainerCallback):  # type: ignore[misc]
         trainer: Any
+        mode: Any
+        watch: footprint.Watch
+        watching: contextlib.ExitStack
         count = counter()
 
         def __init__(self) -> None:
@@ -350,15 +388,16 @@ def _recorder() -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
             self.snapshot(model)
 
-        mode: Any
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.mode = self.count()
-            self.mode.__enter__()  # type: ignore[no-untyped-call, unused-ignore]
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            self.mode, self.watch = self.count(), footprint.Watch(model, tensors)
+            self.watching = contextlib.ExitStack()
+            self.watching.enter_context(self.watch.watching())
+            self.watching.enter_context(self.mode)
 
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-            self.mode.__exit__(None, None, None)
+            self.watching.close()
             self.outcome.collectives.append(self.mode.total)
+            self.outcome.footprint = self.watch.footprint(self.mode.total, self.outcome.footprint)
             self.outcome.losses.append(self.running)
             self.running = 0.0
             self.snapshot(model)
@@ -449,13 +488,12 @@ def _child(
     os.dup2(log, 1)
     os.dup2(log, 2)
     warnings.simplefilter("ignore")
-    code = 0
     try:
         outcome = function(*args, rank)
     except BaseException as error:
-        first = (str(error).strip() or "no text").splitlines()[0]
-        outcome, code = Outcome(error=f"{type(error).__name__}: {first}"), 1
-        outcome.extra["traceback"] = traceback.format_exc()
+        outcome = _failed(error, Outcome())
+    # A rank that has failed ends with 1, for others may wait for it.
+    code = int(bool(outcome.error))
     Path(f"{path}.part").write_bytes(pickle.dumps(outcome))
     os.replace(f"{path}.part", path)
     os._exit(code)
@@ -476,7 +514,7 @@ def run(
 
 
 def compare(case: Outcome, reference: Outcome, setup: Setup) -> Verdict:
-    """Whether a run trained and saved what one process did.
+    """Whether a run trained and saved what one process did, and took no more of a rank than its plan says.
 
     The error of a tensor is the norm of the difference of the two results over the norm of the
     reference's update, in the saved file and, where the run holds whole tensors, after each step. That
@@ -509,7 +547,8 @@ def compare(case: Outcome, reference: Outcome, setup: Setup) -> Verdict:
     worst = max(errors, key=lambda verdict: verdict.worst).worst
     if broken is None and not worst <= setup.tolerance:
         return Verdict(f"off by {worst:.1e} of the update", worst)
-    return broken or Verdict("", worst)
+    taken = footprint.fault(case.footprint, case.planned, None) if case.footprint else ""
+    return broken or Verdict(taken, worst)
 
 
 def _alike(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from trainer_fsdp_patch import inventory
@@ -28,28 +28,50 @@ def chosen(model: Any) -> Iterator[None]:
     upstream: Any = vars(fsdp)["fully_shard"]
     ignores = "ignored_params" in inspect.signature(upstream).parameters
     within, others = parts(model), _others(model)
+    waiting: list[Any] = []
 
     def fully_shard(module: Any, **kwargs: Any) -> Any:
         if not ignores and kwargs.pop("ignored_params", None):
             _refuse_ignored()
-        modules = module if isinstance(module, (list, tuple)) else [module]
-        if module is not model and not all(_is_unit(item) and id(item) not in within for item in modules):
+        if module is model:
+            return upstream(module, **kwargs)
+        modules = list(module) if isinstance(module, (list, tuple)) else [module]
+        if not all(_is_unit(item) and id(item) not in within for item in modules):
             return module
-        if module is not model and _reaches_outside(modules, others):
-            return module
-        return upstream(module, **kwargs)
+        if not _reaches_outside(modules, others):
+            return upstream(module, **kwargs)
+        # accelerate sees no ties through PEFT's wrappers: it asks for the embeddings, and for the head later.
+        tied = [item for item in waiting if _is_unit(item) and not _nested(item, modules)]
+        if tied and not _reaches_outside([*tied, *modules], others):
+            upstream([*tied, *modules], **kwargs)
+        else:
+            waiting.extend(modules)
+        return module
 
     with shadowed(fsdp, fully_shard=fully_shard), shadowed(model, **_ties(model)):
         yield
 
 
-def _others(model: Any) -> dict[int, set[int]]:
-    """For each module those that have a parameter or a child of it too, by identity: parameters come and go."""
+def _others(model: Any, ignored: Collection[int] = ()) -> dict[int, set[int]]:
+    """For each module those that have a parameter of FSDP's, or a child that holds some, in common with it.
+
+    What FSDP ignores does not decide where a unit ends: an adapter's projections, dictionaries and trainable tensors
+    are shared by all layers, and each layer is a unit all the same.
+
+    Args:
+        model: before FSDP takes it.
+        ignored: parameters that FSDP will not own, by identity; those that are hidden need not be named.
+
+    Returns:
+        Identities of modules by identity of a module: parameters come and go.
+    """
     users: dict[int, set[int]] = {}
+    owning = {id(module) for module in model.modules() if _owns(module, ignored)}
     for module in model.modules():
-        for part in (*module._parameters.values(), *module._modules.values()):
-            if part is not None:
-                users.setdefault(id(part), set()).add(id(module))
+        parameters = [item for item in module._parameters.values() if item is not None and id(item) not in ignored]
+        children = [item for item in module._modules.values() if id(item) in owning]
+        for part in (*parameters, *children):
+            users.setdefault(id(part), set()).add(id(module))
     others: dict[int, set[int]] = {}
     for together in users.values():
         if len(together) > 1:
@@ -58,17 +80,22 @@ def _others(model: Any) -> dict[int, set[int]]:
     return others
 
 
-def barred(model: Any) -> Callable[[Any], bool]:
+def _owns(module: Any, ignored: Collection[int]) -> bool:
+    return any(id(parameter) not in ignored for parameter in module.parameters())
+
+
+def barred(model: Any, ignored: Collection[int] = ()) -> Callable[[Any], bool]:
     """Which modules must not be units of their own, for a wrap policy of FSDP1.
 
     FSDP1 puts a unit in a module's place in one parent; another, as prompt learning is of embeddings, would miss it.
 
     Args:
         model: before it is wrapped.
+        ignored: parameters that FSDP will not own, by identity.
     """
     parents = Counter(id(child) for module in model.modules() for child in module._modules.values())
     within = parts(model) | {child for child, count in parents.items() if count > 1}
-    others = _others(model)
+    others = _others(model, ignored)
     return lambda module: id(module) in within or _reaches_outside([module], others)
 
 
@@ -119,6 +146,12 @@ def _reaches_outside(modules: Any, others: dict[int, set[int]]) -> bool:
     """Whether something below some modules belongs to others too: two units cannot both have it."""
     inside = {id(part) for module in modules for part in module.modules()}
     return any(not others.get(part, inside) <= inside for part in inside)
+
+
+def _nested(one: Any, others: list[Any]) -> bool:
+    """Whether a module is inside one of the others, or has one of them inside."""
+    below = {id(part) for part in one.modules()}
+    return any(id(other) in below or any(part is one for part in other.modules()) for other in others)
 
 
 def _ties(model: Any) -> dict[str, Callable[[], None]]:

@@ -241,7 +241,16 @@ def _left_out(folder: Path, file: Path, model: dict[str, Any]) -> Iterator[Findi
 
 
 def incomplete(folder: Path) -> list[str]:
-    """What a Trainer's checkpoint lacks, such as one whose writer was killed; cheap, tensors are not read."""
+    """What a Trainer's checkpoint lacks of what its writer leaves; cheap, tensors are not read."""
+    return [*unfinished(folder), *_removed(folder)]
+
+
+def unfinished(folder: Path) -> list[str]:
+    """Signs that a checkpoint's writer was killed, or that a file was cut.
+
+    A Trainer writes its state last. Where that is whole, what is absent beside it was removed by somebody who needs the
+    space, and upstream resumes without it.
+    """
     lacks = []
     try:
         state = reading.text(folder / reading.STATE)
@@ -255,13 +264,23 @@ def incomplete(folder: Path) -> list[str]:
             _opened(item)
         except AdapterError as error:
             lacks.append(str(error))
+    model, others = _fsdp_parts(folder)
+    return lacks + (["it has no part to resume the model from"] if others and not model else [])
+
+
+def _fsdp_parts(folder: Path) -> tuple[bool, bool]:
+    """Whether a checkpoint has a whole model part of FSDP, and whether it has parts that come with one."""
+    model = (folder / reading.FSDP_FULL).is_file() or (folder / reading.FSDP_SHARDED / ".metadata").is_file()
+    return model, any((folder / name).exists() for name in (reading.FSDP_SHARDED, "optimizer_0", "optimizer.bin"))
+
+
+def _removed(folder: Path) -> list[str]:
+    """What upstream resumes without."""
+    lacks = []
     ranks = {int(item.stem.rpartition("_")[2]) for item in folder.glob("rng_state_*.pth")}
     lacks += [f"there is no rng_state_{rank}.pth" for rank in range(max(ranks, default=0)) if rank not in ranks]
-    model = (folder / reading.FSDP_FULL).is_file() or (folder / reading.FSDP_SHARDED / ".metadata").is_file()
     kinds = ("optimizer.bin", "optimizer.pt", "optimizer_0/.metadata")
-    fsdp = any((folder / name).exists() for name in (reading.FSDP_SHARDED, "optimizer_0", "optimizer.bin"))
-    if ranks or fsdp or model:
-        lacks += [] if model or not fsdp else ["it has no part to resume the model from"]
+    if ranks or any(_fsdp_parts(folder)):
         lacks += [] if any((folder / name).is_file() for name in kinds) else ["it has no optimizer"]
         lacks += [] if (folder / "scheduler.pt").is_file() else ["there is no scheduler.pt"]
         lacks += [] if ranks else ["there is no rng_state of any rank"]

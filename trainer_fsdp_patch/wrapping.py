@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import pkgutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,11 +17,68 @@ import wrapt
 from trainer_fsdp_patch.errors import PatchError
 
 WrapperFunction = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
+Gate = Callable[[Any, dict[str, Any]], bool]
+"""Asked with the instance and the arguments by name whether a call is one that a patch is for."""
+
 _ABSENT = object()
 
 
+class BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[misc]
+    """What a class or an instance answers with; it is copied and pickled as the function or method would be."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._self_instance is None:
+            return self._self_parent.__reduce_ex__(protocol)
+        return getattr, (self._self_instance, self.__name__)
+
+    def __reduce__(self) -> Any:
+        return self.__reduce_ex__(2)
+
+    def __copy__(self) -> Any:
+        return self if self._self_instance is None else getattr(self._self_instance, self.__name__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self._self_instance is None:
+            return self
+        return getattr(copy.deepcopy(self._self_instance, memo), self.__name__)
+
+
 class PatchWrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
-    """Our wrapper, told from anybody else's by its type."""
+    """Our wrapper, told from anybody else's by its type.
+
+    Functions are one object for all who look them up, are copied as themselves and are pickled by name: datasets
+    hashes them, Ray and multiprocessing send them. wrapt's wrappers are and do none of that.
+    """
+
+    __bound_function_wrapper__ = BoundWrapper
+
+    def __init__(self, wrapped: Any, wrapper: WrapperFunction, *, enabled: Any = None, place: str = "") -> None:
+        super().__init__(wrapped, wrapper, enabled=enabled)
+        self._self_place, self._self_unbound = place, None
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is not None:
+            return super().__get__(instance, owner)
+        if self._self_unbound is None:
+            self._self_unbound = super().__get__(None, owner)
+        return self._self_unbound
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A function of the standard library: where it is unpickled, this package need not be.
+        return pkgutil.resolve_name, (self._self_place,)
+
+    def __reduce__(self) -> Any:
+        return self.__reduce_ex__(2)
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass
@@ -30,19 +90,41 @@ class Seam:
         parameters: names of the parameters of the upstream function, in order.
         function: wrapper in wrapt's four-argument form.
         enabled: asked at each call whether the wrapper is to act.
+        only: asked at each call whether it is one of ours; all others go upstream as they came. None is all calls.
     """
 
     path: str
     parameters: tuple[str, ...]
     function: WrapperFunction
     enabled: Callable[[], bool] = lambda: True
+    only: Gate | None = None
     live: bool = False
     foreign: str = ""
     _wrapper: PatchWrapper | None = None
+    _turn: int = 0
     _entry: tuple[Any, str, Any] | None = field(default=None, repr=False)
 
-    def is_active(self) -> bool:
-        return self.live and self.enabled()
+    def is_active(self, turn: int) -> bool:
+        """Whether the wrapper that was put on at that turn is to act; a gate that is shut needs no call to be seen."""
+        return self.live and turn == self._turn and not self._shut() and self.enabled()
+
+    def call(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What stands in the place of the upstream function."""
+        if self.only is None or self.only(instance, self.named(args, kwargs)):
+            return self.function(wrapped, instance, args, kwargs)
+        return wrapped(*args, **kwargs)
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name, but for the instance; what is left to defaults is absent."""
+        return {**dict(zip(self._names, args, strict=False)), **kwargs}
+
+    @functools.cached_property
+    def _shut(self) -> Callable[[], bool]:
+        return getattr(self.only, "shut", _never)
+
+    @functools.cached_property
+    def _names(self) -> tuple[str, ...]:
+        return self.parameters[1:] if self.parameters[:1] == ("self",) else self.parameters
 
 
 def resolve(module: ModuleType, path: str) -> tuple[Any, str, Any]:
@@ -137,16 +219,30 @@ def _write(module: ModuleType, seam: Seam) -> None:
     seam.live = True
     if seam._wrapper is not None and _carries(original, seam._wrapper):
         return
-    wrapper = PatchWrapper(original, seam.function, enabled=seam.is_active)
+    # A wrapper that was put on before, and may be called inside what replaced it, goes silent.
+    seam._turn = turn = seam._turn + 1
+    place = f"{module.__name__}:{seam.path}"
+    wrapper = PatchWrapper(original, seam.call, enabled=functools.partial(seam.is_active, turn), place=place)
     seam._entry = (parent, attribute, vars(parent).get(attribute, _ABSENT))
     seam._wrapper = wrapper
     setattr(parent, attribute, wrapper)
 
 
+def wrap_again(module: ModuleType, seam: Seam) -> None:
+    """Wrap what somebody has put in the place of a live wrapper of ours, which they may still call inside.
+
+    Raises:
+        PatchError: theirs takes other parameters than the patch was written for.
+    """
+    check(module, seam)
+    _write(module, seam)
+
+
 def _carries(function: Any, wrapper: PatchWrapper | None) -> bool:
     """Whether a function is a wrapper of ours or somebody else's that still has it inside."""
     while function is not None:
-        if function is wrapper:
+        # Who looked our wrapper up on its class holds what it is bound as.
+        if function is wrapper or (isinstance(function, BoundWrapper) and function._self_parent is wrapper):
             return True
         function = getattr(function, "__wrapped__", None)
     return False

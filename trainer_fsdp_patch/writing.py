@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer_fsdp_patch import reading, sync
-from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.prepared import any_prepared, prepared_by
 
 
@@ -24,10 +24,14 @@ def tensors(upstream: Callable[..., Any], values: dict[str, Any], filename: Any,
         metadata: of the file.
 
     Raises:
-        AdapterError: it could not be written, or what was written is not what was to be.
+        AdapterError: it could not be written, or what was written is not what was to be; or, on the main process, there
+            is no tensor to write. The others leave such a file out.
     """
     if not any_prepared() or not os.path.basename(filename).startswith("adapter_model"):
         upstream(values, filename, metadata=metadata)
+        return
+    if not values:
+        _refuse_empty(filename)
         return
     # A link into another folder stays one.
     target = Path(os.path.realpath(filename))
@@ -42,6 +46,18 @@ def tensors(upstream: Callable[..., Any], values: dict[str, Any], filename: Any,
         raise _lost(target, error) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _refuse_empty(filename: Any) -> None:
+    said = (
+        str(filename),
+        "there is no tensor to write",
+        "The file of an earlier save is untouched",
+        "Give accelerator.get_state_dict(model), which the main process alone has, or leave state_dict out",
+    )
+    if sync.is_main():
+        raise AdapterError(message(*said))
+    warn(*said)
 
 
 def folder(upstream: Callable[..., Any], save_directory: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,15 @@
 """resume_from_checkpoint=True takes the newest folder, also one whose writer was killed."""
 
+import dataclasses
+import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
 from faults import FLAVOURS, canary, scene_fault
-from matrix import Bench, Setup
+from matrix import METHODS, Bench, Setup, trial
 
 import trainer_fsdp_patch
 
@@ -19,20 +23,67 @@ def test_killed_in_a_checkpoint(bench: Bench, fsdp: int) -> None:
     scene_fault(bench, checkpoints.killed("during"), Setup(f"f{fsdp}", fsdp=fsdp), "")
 
 
-def test_names_what_it_skips(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_names_what_it_skips(bench: Bench, tmp_path: Path, fsdp: int) -> None:
+    """All ranks say so, and start from the checkpoint that the main process takes."""
+    outcomes = trial.launch(resumed, "cut", Setup("cut", fsdp=fsdp), bench.base, str(tmp_path), ranks=2)
+    assert [outcome.error for outcome in outcomes] == ["", ""]
+    for outcome in outcomes:
+        assert any("the last checkpoint is not whole: checkpoint-3" in text for text in outcome.extra["said"])
+        assert outcome.extra["steps"] == [3]
+
+
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_what_a_user_removed_is_not_missed(bench: Bench, tmp_path: Path, fsdp: int) -> None:
+    """Optimizer, scheduler and random states are deleted to save disk; upstream resumes without them."""
+    outcomes = trial.launch(resumed, "removed", Setup("removed", fsdp=fsdp), bench.base, str(tmp_path), ranks=2)
+    assert [outcome.error for outcome in outcomes] == ["", ""]
+    for outcome in outcomes:
+        assert outcome.extra["said"] == []
+        assert outcome.extra["steps"] == []
+
+
+def resumed(fate: str, setup: Setup, base: str, folder: str, rank: int) -> trial.Outcome:
+    """Train with a checkpoint a step, let something befall the last one, and resume; says the steps taken anew."""
+    import torch
+    import torch.distributed as dist
+    from transformers import Trainer, TrainerCallback
+
+    taken: list[int] = []
+
+    class Steps(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            taken.append(state.global_step)
+
+    given = trial.enter(dataclasses.replace(setup, save_steps=1), folder, 2, patched=True)
+    for again in (False, True):
+        torch.manual_seed(0)
+        trainer = Trainer(
+            model=METHODS["lora"](trial.load_base(base, setup)), args=given, callbacks=[Steps()],
+            train_dataset=trial.dataset(trial.STEPS * trial.BATCH),
+        )  # fmt: skip
+        if again:
+            dist.barrier()
+            last = Path(folder) / f"checkpoint-{trial.STEPS}"
+            if rank == 0 and fate == "cut":
+                (last / "trainer_state.json").write_text("{")
+            for item in last.iterdir() if rank == 0 and fate == "removed" else ():
+                if item.name.startswith(("optimizer", "scheduler", "rng_state")):
+                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+            dist.barrier()
+            taken.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", trainer_fsdp_patch.errors.TrainerFsdpPatchWarning)
+            trainer.train(resume_from_checkpoint=again or None)
+    ours = [item for item in caught if issubclass(item.category, trainer_fsdp_patch.errors.TrainerFsdpPatchWarning)]
+    return trial.Outcome(extra={"said": [str(item.message) for item in ours], "steps": taken})
+
+
+def test_a_search_outside_of_such_a_run_is_upstreams(tmp_path: Path) -> None:
+    """Full fine-tuning, DDP and one process go on from what stock goes on from."""
     from transformers import trainer
 
     for step in (9, 10):
-        folder = tmp_path / f"checkpoint-{step}"
-        (folder / "pytorch_model_fsdp_0").mkdir(parents=True)
-    trainer_fsdp_patch.patch("transformers_v4_40_last_checkpoint")
-    with pytest.warns(trainer_fsdp_patch.errors.TrainerFsdpPatchWarning, match=r"checkpoint-10 \(there is no trainer_"):
-        assert trainer.get_last_checkpoint(str(tmp_path)) is None
-
-
-def test_other_checkpoints_are_upstreams(tmp_path: Path) -> None:
-    from transformers import trainer
-
-    (tmp_path / "checkpoint-3").mkdir()
-    trainer_fsdp_patch.patch("transformers_v4_40_last_checkpoint")
-    assert trainer.get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-3")
+        (tmp_path / f"checkpoint-{step}" / "pytorch_model_fsdp_0").mkdir(parents=True)
+    trainer_fsdp_patch.patch()
+    assert trainer.get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")

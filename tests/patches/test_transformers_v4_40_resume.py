@@ -32,8 +32,12 @@ def test_save_only_model(bench: Bench) -> None:
 
 @where("accelerate>=1.8.dev0")
 def test_below_torch_compile(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene, setup = checkpoints.Scene(bench), Setup("f1", fsdp=1)
     monkeypatch.setattr(trial, "TIMEOUT", 20.0)
-    scene_fault(bench, checkpoints.compiled, Setup("f1", fsdp=1), "")
+    assert checkpoints.cell(checkpoints.compiled, scene, setup, patched=False)
+    # A compiler may be slow.
+    monkeypatch.setattr(trial, "TIMEOUT", 180.0)
+    assert checkpoints.cell(checkpoints.compiled, scene, setup, patched=True) == ""
 
 
 @pytest.mark.parametrize("fsdp", FLAVOURS)
@@ -41,11 +45,11 @@ def test_a_checkpoint_that_is_not_whole_is_refused_on_all_ranks(bench: Bench, fs
     scene = checkpoints.Scene(bench)
     setup = Setup(f"f{fsdp}", fsdp=fsdp, save_steps=1)
     folder = Path(scene.run(checkpoints.train, setup, patched=True)[0].folder)
-    (folder / "checkpoint-2" / "scheduler.pt").unlink()
+    (folder / "checkpoint-2" / "scheduler.pt").write_bytes(b"PK")
     outcomes = scene.run(checkpoints.resume_from(2), setup, patched=True, folder=folder)
     for outcome in outcomes:
         assert outcome.error.startswith("AdapterError: ")
-        assert "not whole: there is no scheduler.pt" in outcome.error
+        assert "not whole: scheduler.pt is truncated" in outcome.error
 
 
 @fsdp2

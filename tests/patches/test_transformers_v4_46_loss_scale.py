@@ -59,13 +59,13 @@ def seen(setup: Setup, base: str, folder: str, own: bool, rank: int) -> trial.Ou
 
 
 @where("transformers>=4.54")
-def test_a_loss_function_of_the_user_gets_the_tensor(bench: Bench, tmp_path: Path) -> None:
+def test_a_loss_function_and_a_forward_get_a_tensor(bench: Bench, tmp_path: Path) -> None:
     setup = Setup("own", fsdp=max(FLAVOURS))
-    for own, kind in ((True, "Tensor"), (False, "float")):
+    for own in (True, False):
         outcomes = trial.launch(seen, setup, bench.base, str(tmp_path), own, ranks=2)
         assert [outcome.error for outcome in outcomes] == ["", ""]
         counts = [outcome.extra["counts"] for outcome in outcomes]
-        assert [{type(count).__name__ for count in mine} for mine in counts] == [{kind}, {kind}]
+        assert [{type(count).__name__ for count in mine} for mine in counts] == [{"Tensor"}, {"Tensor"}]
         assert counts[0] == counts[1]
         assert len(counts[0]) == trial.STEPS
 

@@ -1,0 +1,23 @@
+"""Merges adapters into a base that FSDP has sharded, as for the weights that are handed to vLLM, and takes them out.
+
+Upstream: https://github.com/huggingface/trl/issues/5975
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from trainer_fsdp_patch import gates, merging
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft.tuners.tuners_utils")
+
+
+@patch.wrap("onload_layer", "layer", only=gates.part("layer"))
+@contextlib.contextmanager
+def gather_the_layer(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """A layer is merged inside of this, and its weights are a shard that the replicated adapter does not fit."""
+    with wrapped(*args, **kwargs), merging.gathered(args[0] if args else kwargs["layer"]):
+        yield

@@ -1,0 +1,23 @@
+"""Leaves the frozen base as it is where FSDP1's `summon_full_params` has a forward inside, as for `generate()`.
+
+Upstream: https://github.com/huggingface/transformers/issues/34530
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import full_params, gates
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="torch>=2.2.dev0", target="torch.distributed.fsdp.fully_sharded_data_parallel")
+
+
+@patch.wrap(
+    "FullyShardedDataParallel.summon_full_params",
+    "module", "recurse", "writeback", "rank0_only", "offload_to_cpu", "with_grads",
+    only=gates.around(),
+)  # fmt: skip
+def forward_leaves_it_whole(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Keep units whole until the context ends; upstream shards them after each forward and then writes that back."""
+    return full_params.summoned(wrapped, *args, **kwargs)

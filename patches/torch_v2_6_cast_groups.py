@@ -1,0 +1,19 @@
+"""Lets FSDP2's groups be cast after they have run, as `bf16_full_eval` does it before an evaluation after `train()`.
+
+Upstream: https://github.com/pytorch/pytorch/blob/v2.9.0/torch/distributed/fsdp/_fully_shard/_fsdp_param.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import casting, gates
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="torch>=2.6.dev0", target="torch.distributed.fsdp._fully_shard._fully_shard")
+
+
+@patch.wrap("FSDPModule._apply", "self", "args", "kwargs", only=gates.instance_planned)
+def read_dtypes_again(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Have each group take room for the new dtype; it took that before its first forward."""
+    return casting.applied(wrapped, instance, *args, **kwargs)

@@ -1,0 +1,24 @@
+"""Lets `auto_find_batch_size` go on after an out-of-memory error, on all ranks, or says that one alone ran out.
+
+Upstream: https://github.com/huggingface/transformers/issues/34113
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import batch_size, gates
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="transformers>=4.45.dev0", target="transformers.trainer")
+
+
+@patch.wrap(
+    "Trainer._inner_training_loop",
+    "self", "batch_size", "args", "resume_from_checkpoint", "trial", "ignore_keys_for_eval",
+    only=gates.finds_batch_size,
+)  # fmt: skip
+def try_again_whole(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """After a try that ran out of memory, bring FSDP to where a step begins; on all ranks, or on none."""
+    size = args[0] if args else kwargs.get("batch_size")
+    return batch_size.attempt(lambda: wrapped(*args, **kwargs), instance, size)

@@ -1,0 +1,19 @@
+"""Leaves FSDP1's units in a model that is trained again, by `auto_find_batch_size` or by a second `train()`.
+
+Upstream: https://github.com/huggingface/transformers/issues/34113
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import batch_size, gates
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="transformers>=4.47.dev0", target="transformers.trainer")
+
+
+@patch.wrap("unwrap_model", "model", "recursive", only=gates.model())
+def leave_units(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Leave the units where the Trainer takes them out one by one: without them the weights are flat shards."""
+    return batch_size.keep_wrapped(wrapped, *args, **kwargs)

@@ -1,0 +1,24 @@
+"""Notes which Trainer looks for its last checkpoint, so that all of its ranks take the same one.
+
+Upstream: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/trainer.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import gates, latest
+from trainer_fsdp_patch.registry import Patch
+
+patch = Patch(__name__, versions="transformers>=5.0.dev0", target="transformers.trainer")
+
+
+@patch.wrap(
+    "Trainer.train",
+    "self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval",
+    only=gates.resumes_from_the_last,
+)  # fmt: skip
+def note_the_trainer(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The search itself is told of a folder and not of a run."""
+    with latest.searching(instance):
+        return wrapped(*args, **kwargs)

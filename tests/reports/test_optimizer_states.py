@@ -1,0 +1,111 @@
+"""Full checkpoints of optimizers whose state is no plain tensor can be resumed, to the bits of a run that went through.
+
+The user trains with Adafactor, Lion or an 8-bit AdamW under FSDP and resumes:
+https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1381. On the rank that reads, FSDP1 asks whatever it
+finds for its copy on the CPU: the step that these optimizers count in a number has none. Dictionaries, in which
+bitsandbytes hides quantized state from FSDP1, come to the other ranks as placeholders, and the quantized tensors of
+torchao cannot be broadcast, under FSDP2 neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import checkpoints
+import pytest
+from faults import fsdp2, packed, where
+from matrix import Bench, Setup
+
+from trainer_fsdp_patch import registry
+
+NUMBERED = ["adafactor", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_32bit", "ademamix", "rmsprop_bnb"]
+"""Each counts its steps in a number; paged ones page on a GPU alone."""
+
+OTHERS = [
+    "adamw_torch_fused", "adagrad", "rmsprop", "sgd", "adamw_8bit", "lion_8bit", "ademamix_8bit", "paged_adamw_32bit",
+    "paged_ademamix_32bit", "paged_lion_8bit", "rmsprop_bnb_8bit",
+]  # fmt: skip
+
+
+def quantized(model: Any) -> Any:
+    """LoRA whose matrices have the 4,096 elements from which on optimizers quantize their state."""
+    import peft
+
+    return peft.get_peft_model(model, peft.LoraConfig(r=64, lora_alpha=64, target_modules=["q_proj", "o_proj"]))
+
+
+def interrupted(scene: checkpoints.Scene, setup: Setup, *, patched: bool) -> str:
+    return checkpoints.interrupted(scene, setup, patched=patched, configure=quantized)
+
+
+@pytest.fixture
+def ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Stock goes wrong, one way or another; without one patch the load ends with an error, and with it all is well."""
+
+    def ends(scenario: Any, setup: Setup, name: str, error: str) -> None:
+        scene = checkpoints.Scene(bench)
+        assert checkpoints.cell(scenario, scene, setup, patched=False)
+        with monkeypatch.context() as context:
+            context.setenv(registry.DISABLE, name)
+            assert error in checkpoints.cell(scenario, scene, setup, patched=True)
+        assert checkpoints.cell(scenario, scene, setup, patched=True) == ""
+
+    return ends
+
+
+def known(optim: str) -> None:
+    """Skip where the installed transformers has no optimizer of that name."""
+    from transformers.training_args import OptimizerNames
+
+    if optim not in {item.value for item in OptimizerNames}:
+        pytest.skip(f"this transformers has no {optim}")
+
+
+@packed
+@pytest.mark.parametrize("optim", NUMBERED)
+def test_steps_that_are_numbers(ends: Callable[..., None], optim: str) -> None:
+    known(optim)
+    setup = Setup("f1", fsdp=1, optim=optim)
+    ends(checkpoints.interrupted, setup, "torch_v2_2_stateless_fsdp1", "has no attribute 'cpu'")
+
+
+@packed
+@pytest.mark.parametrize("optim", OTHERS)
+def test_every_other_optimizer(bench: Bench, optim: str) -> None:
+    known(optim)
+    setup = Setup("f1-flat", fsdp=1, optim=optim, use_orig_params=False)
+    assert checkpoints.cell(checkpoints.interrupted, checkpoints.Scene(bench), setup, patched=True) == ""
+
+
+@packed
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "lion_8bit", "ademamix_8bit"])
+def test_dictionaries_of_quantized_state(ends: Callable[..., None], optim: str) -> None:
+    known(optim)
+    ends(interrupted, Setup("f1", fsdp=1, optim=optim), "torch_v2_2_stateless_fsdp1", "has no attribute 'cpu'")
+
+
+TORCHAO = [
+    pytest.param("adamw_torch_4bit", 1, marks=pytest.mark.long),
+    pytest.param("adamw_torch_8bit", 2, marks=fsdp2),
+]
+"""torchao compiles each of them, for a minute."""
+
+
+@where("torchao>=0.18", "transformers>=5.0.dev0")
+@pytest.mark.parametrize(("optim", "fsdp"), TORCHAO)
+def test_quantized_tensors(ends: Callable[..., None], optim: str, fsdp: int) -> None:
+    known(optim)
+    name = "torch_v2_2_stateless_fsdp1" if fsdp == 1 else "torch_v2_2_stateless_optimizer"
+    ends(interrupted, Setup(f"f{fsdp}", fsdp=fsdp, optim=optim), name, "attempting to run unimplemented operator")
+
+
+@packed
+@pytest.mark.parametrize("sharded", [False, True], ids=["full", "sharded"])
+@pytest.mark.parametrize("fsdp", [1, pytest.param(2, marks=fsdp2)])
+def test_other_checkpoints(bench: Bench, fsdp: int, sharded: bool) -> None:
+    """Those that torch can read: numbers and dictionaries in sharded ones, and under FSDP2."""
+    if fsdp == 1 and not sharded:
+        pytest.skip("tested above")
+    setup = Setup(f"f{fsdp}", fsdp=fsdp, sharded=sharded, optim="adamw_bnb_8bit")
+    assert checkpoints.cell(interrupted, checkpoints.Scene(bench), setup, patched=True) == ""

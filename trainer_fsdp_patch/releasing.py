@@ -1,0 +1,34 @@
+"""Lets FSDP1 free a frozen unit before it gathers the next one in the backward pass.
+
+FSDP1 frees a unit without trainable parameters when the gradients of its inputs are there, by hooks on these tensors.
+The output of one unit is the input of the next: the hook that gathers the earlier unit sits on the same tensor, came
+first and runs first, so that two are gathered at once. A tensor that many units read, as all layers of a decoder read
+what the encoder gave, has its gradient only when all of them are done, and all of them stay gathered until then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def own_inputs(handle: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of a frozen unit as views, which no other unit has: each gets its gradient when the unit is done.
+
+    Args:
+        handle: of the unit's flat parameter, or None where it has none.
+        args: of its forward.
+        kwargs: of its forward.
+
+    Returns:
+        The same objects where the unit trains something, or takes no gradient.
+    """
+    import torch
+    from torch.utils._pytree import tree_map
+
+    if handle is None or handle.flat_param.requires_grad or not torch.is_grad_enabled():
+        return args, kwargs
+
+    def own(item: Any) -> Any:
+        return item.view_as(item) if isinstance(item, torch.Tensor) and item.requires_grad else item
+
+    return tree_map(own, args), tree_map(own, kwargs)
