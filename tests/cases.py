@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import re
 import sys
 import tempfile
@@ -42,9 +41,6 @@ FSDP1, FSDP2, DDP = Setup("FSDP1", fsdp=1), Setup("FSDP2"), Setup("DDP", fsdp=0)
 EMPTY = "/file: 8 of "
 """How peft 0.21 ends on FSDP1's names; test_peft_v0_21_state_dict_names.py holds it, so cases do not run it again."""
 
-ALL = os.environ.get("CASES") == "all"
-"""Whether the tests run every case on every set-up; without it they take a sample of a minute and a half."""
-
 HUNG = "hung"
 """Stock waits for ever. That is recorded and not run again."""
 
@@ -63,7 +59,7 @@ class Case:
         changes: to the TrainingArguments.
         missing: packages without which it is not run.
         needs: a requirement, such as "transformers>=5.0", of what upstream can do at all.
-        always: whether the suite runs it without CASES=all.
+        always: whether the suite runs it without --long.
         both: whether it does so on every set-up, and not only on one that says enough.
         alike: whether no plan is made, so that patched has to end as stock does, right or wrong.
         first: what is run before, and on which set-up, None for the same one; its folder is the scene's `before`.
@@ -272,11 +268,11 @@ def imported(*packages: str) -> bool:
 
 
 def cells(cases: list[Case]) -> list[Any]:
-    """Parameters of the test that a report's file has: the set-ups that the suite runs, or all with CASES=all."""
+    """Parameters of the test that a report's file has; set-ups that only --long runs are marked so."""
     return [
-        pytest.param(case, setup, id=f"{case.name}-{setup.name}", marks=_marks(case, setup))
+        pytest.param(case, setup, id=f"{case.name}-{setup.name}", marks=_marks(case, setup, place))
         for place, case in enumerate(cases)
-        for setup in (case.setups if case.both or ALL else [_chosen(place, case)])
+        for setup in case.setups
     ]
 
 
@@ -286,16 +282,17 @@ def _chosen(place: int, case: Case) -> Setup:
     return own[0] if own else case.setups[place % len(case.setups)]
 
 
-def _marks(case: Case, setup: Setup) -> list[pytest.MarkDecorator]:
+def _marks(case: Case, setup: Setup, place: int) -> list[pytest.MarkDecorator]:
     lacks = [package for package in case.missing if importlib.util.find_spec(package) is None]
     reasons = [f"no {package} here" for package in lacks]
     if case.needs and not versions.matches(case.needs, versions.installed(versions.package_of(case.needs))):
         reasons.append(f"only with {case.needs}")
-    if not case.always and not ALL:
-        reasons.append("CASES=all runs it")
     if setup.fsdp and setup.fsdp not in FLAVOURS:
         reasons.append("no FSDP2 with these releases and devices")
-    return [pytest.mark.skip(reason=reasons[0])] if reasons else []
+    if reasons:
+        return [pytest.mark.skip(reason=reasons[0])]
+    usual = case.always and (case.both or setup is _chosen(place, case))
+    return [] if usual else [pytest.mark.long]
 
 
 def collected() -> dict[str, list[Case]]:

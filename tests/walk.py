@@ -55,8 +55,12 @@ def run(scenario: Scenario, base: str, folder: Path, *, patched: bool) -> dict[s
     """
     folder.mkdir(parents=True)
     outcomes = trial.launch(work, scenario, base, str(folder), patched, ranks=scenario.ranks)
-    for outcome in outcomes:
-        assert not outcome.error, outcome.extra.get("traceback", outcome.error)
+    errors = [
+        f"rank {rank}: {outcome.extra.get('traceback', outcome.error)}"
+        for rank, outcome in enumerate(outcomes)
+        if outcome.error
+    ]
+    assert not errors, "\n".join(errors)
     return {"ranks": [outcome.extra["saw"] for outcome in outcomes], "files": files(folder)} | (
         {"seams": set().union(*(outcome.extra["seams"] for outcome in outcomes))} if patched else {}
     )

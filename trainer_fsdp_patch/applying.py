@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
-from trainer_fsdp_patch import base_weights, budget, checkpoint, inventory, later, planning, sync
+from trainer_fsdp_patch import base_weights, budget, checkpoint, elementwise, inventory, later, planning, sync
 from trainer_fsdp_patch import plugin as plugins
 from trainer_fsdp_patch.errors import AdapterError, PlanError, message
 from trainer_fsdp_patch.prepared import Prepared, keep, prepared_by, prepared_for
@@ -47,13 +47,15 @@ def prepare(trainer: Any, model: Any, *, training: bool = False) -> Prepared | N
             later.take_up(prepared, accelerator.device)
         return prepared
     if native:
-        plan = planning.make_plan(model, fsdp_version=2, mixed_precision=accelerator.mixed_precision)
+        why = "transformers has sharded the base, and shards no adapter"
+        plan = planning.make_plan(model, mixed_precision=accelerator.mixed_precision, unsharded=why)
         return settle(accelerator, Prepared(model, plan, [None], native=True))
     refuse_wrapped(model)
     plugin = accelerator.state.fsdp_plugin
     plugins.warn_of_flag(plugin, trainer.args.fsdp_config or {})
     explicit = plugins.explicit_policy(accelerator, plugin)
-    plan = plugins.plan_for(model, accelerator, plugin, explicit)
+    why = elementwise.why_not(trainer, plugins.version_of(plugin), budget.settings.adapter_placement)
+    plan = plugins.plan_for(model, accelerator, plugin, explicit, why)
     prepared = settle(accelerator, Prepared(model, plan, data_parallel_groups(accelerator)))
     plugins.set_flags(prepared, plugin, explicit)
     separate(trainer)

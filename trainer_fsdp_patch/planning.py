@@ -107,6 +107,7 @@ def make_plan(
     adapter_placement: str | None = None,
     adapter_budget: int | None = None,
     ranks: int = 1,
+    unsharded: str = "",
 ) -> Plan:
     """Plan for one model; the model is read and not changed.
 
@@ -122,6 +123,7 @@ def make_plan(
         adapter_budget: bytes that a replicated adapter may cost each rank under "auto", with its gradients and its
             optimizer state; None is what `patch()` was given.
         ranks: over which FSDP shards.
+        unsharded: why no trainable tensor may be sharded, or "".
 
     Returns:
         The plan.
@@ -145,6 +147,8 @@ def make_plan(
     barred |= dict.fromkeys(users, "it is ignored")
     if fsdp_version == 1 and use_orig_params is False:
         barred |= dict.fromkeys((tensor.name for tensor in tensors), "use_orig_params=False hides its name")
+    if unsharded:
+        barred |= dict.fromkeys((tensor.name for tensor in tensors), unsharded)
     large, said = budget.sharded(tensors, barred, asked, ranks)
     placements = tuple(_place(tensor, users, odd | large, fsdp_version) for tensor in tensors)
     if not any(item.placement == SHARD for item in placements):

@@ -105,7 +105,7 @@ def _users_policy(plugin: Any) -> Any:
     return policy
 
 
-def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
+def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any, unsharded: str) -> Plan:
     """Plan from accelerate's plugin.
 
     Args:
@@ -113,6 +113,7 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
         accelerator: the run's.
         plugin: accelerate's FullyShardedDataParallelPlugin.
         policy: the user's own mixed-precision policy, or None.
+        unsharded: why no trainable tensor may be sharded, or "".
 
     Raises:
         PlanError: a setting contradicts the model.
@@ -130,6 +131,7 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any) -> Plan:
         param_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         units=unit_classes(plugin),
         ranks=shards(accelerator, plugin),
+        unsharded=unsharded,
     )
     buffers = getattr(policy, "buffer_dtype", None)
     for item in plan.set_aside:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer_fsdp_patch import gradients, inventory, sync, units
+from trainer_fsdp_patch import elementwise, gradients, inventory, sync, units
 from trainer_fsdp_patch.errors import AdapterError, message
 from trainer_fsdp_patch.liveness import Liveness
 from trainer_fsdp_patch.shadowing import shadowed
@@ -111,6 +111,11 @@ class Prepared:
         if self.averaging is not None:
             self.averaging.note(later.values())
 
+    def _shards(self) -> set[int]:
+        """Trainable parameters of which this rank has a part, by identity."""
+        named = self.model().named_parameters() if self.sharded else ()
+        return {id(parameter) for name, parameter in named if self._is_sharded(name)}
+
     def _is_sharded(self, name: str) -> bool:
         """Whether FSDP has a parameter; FSDP1 may show it as a flat one of its unit."""
         name = inventory.canonical(name)
@@ -157,6 +162,8 @@ class Prepared:
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if (id(optimizer), len(stepped)) not in self._optimizers:
             self._refuse_unknown(stepped)
+            if not self._shards().isdisjoint(map(id, stepped)):
+                elementwise.refuse(optimizer, self.sharded[0], self.plan.fsdp_version)
             self._optimizers.add((id(optimizer), len(stepped)))
         if self.averaging.pending and not self.averaging.pending.isdisjoint(map(id, stepped)):
             self.averaging.finish()
