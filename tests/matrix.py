@@ -35,9 +35,16 @@ from trainer_fsdp_patch.footprint import Footprint
 from trainer_fsdp_patch.trial import Outcome, Setup, Verdict
 
 checking.import_targets()
-with warnings.catch_warnings(), contextlib.suppress(ImportError):
+with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import bitsandbytes  # noqa: F401
+    with contextlib.suppress(ImportError):
+        import bitsandbytes  # noqa: F401
+    import torch
+
+    if not torch.cuda.is_available():
+        # accelerate imports it for every accelerator. On a GPU that takes a context, which no fork may have.
+        with contextlib.suppress(ImportError):
+            import deepspeed  # noqa: F401
 
 for _package in versions.NEWEST_TESTED:
     if versions.newer_than_tested(_package):

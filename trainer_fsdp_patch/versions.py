@@ -33,6 +33,7 @@ def installed(package: str) -> Version | None:
         return None
 
 
+@functools.cache
 def package_of(requirement: str) -> str:
     """Distribution that a range such as `accelerate>=1.6.dev0,<1.15.dev0` speaks of."""
     from packaging.requirements import Requirement
@@ -40,6 +41,7 @@ def package_of(requirement: str) -> str:
     return Requirement(requirement).name
 
 
+@functools.cache
 def matches(requirement: str, version: Version) -> bool:
     """Whether a version lies in a range; pre-releases and local versions count like any other.
 
