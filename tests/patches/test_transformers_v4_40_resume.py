@@ -31,6 +31,7 @@ def test_save_only_model(bench: Bench) -> None:
 
 
 @where("accelerate>=1.8.dev0")
+@pytest.mark.long
 def test_below_torch_compile(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     scene, setup = checkpoints.Scene(bench), Setup("f1", fsdp=1)
     monkeypatch.setattr(trial, "TIMEOUT", 20.0)

@@ -19,13 +19,22 @@ from matrix import Bench, Setup
 
 from trainer_fsdp_patch import registry
 
-NUMBERED = ["adafactor", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_32bit", "ademamix", "rmsprop_bnb"]
+
+def some(*usual: str, long: tuple[str, ...]) -> list[Any]:
+    """Optimizers that the suite runs, and those of the same kinds that only --long runs."""
+    return [*usual, *(pytest.param(name, marks=pytest.mark.long) for name in long)]
+
+
+NUMBERED = some("adafactor", "adamw_bnb_8bit", long=("paged_adamw_8bit", "lion_32bit", "ademamix", "rmsprop_bnb"))
 """Each counts its steps in a number; paged ones page on a GPU alone."""
 
-OTHERS = [
-    "adamw_torch_fused", "adagrad", "rmsprop", "sgd", "adamw_8bit", "lion_8bit", "ademamix_8bit", "paged_adamw_32bit",
-    "paged_ademamix_32bit", "paged_lion_8bit", "rmsprop_bnb_8bit",
-]  # fmt: skip
+OTHERS = some(
+    "adamw_torch_fused", "lion_8bit", "paged_adamw_32bit",
+    long=(
+        "adagrad", "rmsprop", "sgd", "adamw_8bit", "ademamix_8bit", "paged_ademamix_32bit", "paged_lion_8bit",
+        "rmsprop_bnb_8bit",
+    ),
+)  # fmt: skip
 
 
 def quantized(model: Any) -> Any:
@@ -79,7 +88,7 @@ def test_every_other_optimizer(bench: Bench, optim: str) -> None:
 
 
 @packed
-@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "lion_8bit", "ademamix_8bit"])
+@pytest.mark.parametrize("optim", some("adamw_bnb_8bit", long=("lion_8bit", "ademamix_8bit")))
 def test_dictionaries_of_quantized_state(ends: Callable[..., None], optim: str) -> None:
     known(optim)
     ends(interrupted, Setup("f1", fsdp=1, optim=optim), "torch_v2_2_stateless_fsdp1", "has no attribute 'cpu'")
@@ -87,7 +96,7 @@ def test_dictionaries_of_quantized_state(ends: Callable[..., None], optim: str) 
 
 TORCHAO = [
     pytest.param("adamw_torch_4bit", 1, marks=pytest.mark.long),
-    pytest.param("adamw_torch_8bit", 2, marks=fsdp2),
+    pytest.param("adamw_torch_8bit", 2, marks=[fsdp2, pytest.mark.long]),
 ]
 """torchao compiles each of them, for a minute."""
 
