@@ -90,6 +90,7 @@ TAKEN = Footprint(ranks=2, units=5, rest=90, base=60, whole=0, gathered=40, coll
     ("change", "said"),
     [
         ({"units": 3}, "3 FSDP units hold the base, stock has 5"),
+        ({"units": 3, "whole": 20}, ""),
         ({"gathered": 41}, "41 bytes of parameters are gathered at once, stock has 40"),
         ({"base": 61}, "61 bytes of the base are held in shards, stock has 60"),
         ({"collectives": 10}, "10 collectives are in a step, stock has 9"),

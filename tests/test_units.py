@@ -13,6 +13,8 @@ from test_plan import llama
 from trainer_fsdp_patch import inventory, trial, units
 from trainer_fsdp_patch.planning import make_plan
 
+BLOCK = "LlamaDecoderLayer"
+
 
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 @pytest.mark.parametrize(
@@ -62,6 +64,20 @@ def test_a_block_may_be_a_unit_and_what_adapts_it_may_not() -> None:
     layer = "base_model.model.model.layers.0"
     assert layer in parts
     assert not {f"{layer}.base_layer", f"{layer}.base_layer.mlp.up_proj"} & parts
+
+
+@pytest.mark.skipif(not METHODS["shadow"].exists, reason="this peft has no Shadow")
+def test_so_may_a_block_below_activation_checkpointing() -> None:
+    """A layer of Shadow, around a block, has no tensor for a unit to hook: it stayed gathered to the end of backward."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = METHODS["shadow"](llama())
+    layers = [module for module in model.modules() if type(getattr(module, "base_layer", None)).__name__ == BLOCK]
+    for layer in layers:
+        layer.base_layer = checkpoint_wrapper(layer.base_layer)
+    found = units.parts(model)
+    assert layers
+    assert {(id(layer) in found, id(layer.base_layer) in found) for layer in layers} == {(True, False)}
 
 
 @pytest.mark.parametrize("method", [name for name in ("vera", "randlora", "vblora", "lily") if METHODS[name].exists])

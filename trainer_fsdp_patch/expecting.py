@@ -128,10 +128,10 @@ def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
 
 def _share(plan: Plan, tensor: Tensor, ranks: int, *, padded: bool) -> int:
     """Bytes of a rank's part of a sharded tensor: rows of it under FSDP2, which keeps as many on each rank."""
-    stored = _itemsize(tensor)
+    stored = _kept(plan, tensor)
+    elements = tensor.nbytes // _itemsize(tensor)
     if plan.fsdp_version == 2:
-        return tensor.nbytes // _rows(tensor) * -(-_rows(tensor) // ranks)
-    elements = tensor.nbytes // stored
+        return elements // _rows(tensor) * -(-_rows(tensor) // ranks) * stored
     return -(-(_aligned(plan, tensor) if padded else elements) // ranks) * stored
 
 
@@ -169,6 +169,16 @@ def _rows(tensor: Tensor) -> int:
 
 def _itemsize(tensor: Tensor) -> int:
     return SIZES.get(tensor.dtype, 1)
+
+
+def _kept(plan: Plan, tensor: Tensor) -> int:
+    """Bytes of an element between steps: accelerate keeps what trains in fp32 under mixed precision.
+
+    Under FSDP2 it leaves models with 4-bit weights as they are.
+    """
+    packed = any(item.tensor.role == QUANTIZED and item.tensor.shape[-1:] == (1,) for item in plan.placements)
+    upcast = tensor.trainable and plan.autocast is not None and not (packed and plan.fsdp_version == 2)
+    return max(4, _itemsize(tensor)) if upcast and tensor.dtype in SIZES else _itemsize(tensor)
 
 
 def _computed(plan: Plan, tensor: Tensor) -> int:

@@ -68,7 +68,8 @@ def fault(ours: Footprint, planned: Footprint | None, stock: Footprint | None) -
 
     Of what lies on a rank between steps, stock is compared with the shards of the base alone. That an adapter,
     projections and packed weights are replicated is the plan's own, for the reasons that it gives; so they are compared
-    with the plan. Gathered bytes are compared in all: what is replicated is gathered nowhere.
+    with the plan. Gathered bytes are compared in all: what is replicated is gathered nowhere. It is in no unit either:
+    where layers share their weights, which are replicated then, the plan alone says how many units there are.
 
     Args:
         ours: of the patched run.
@@ -80,6 +81,8 @@ def fault(ours: Footprint, planned: Footprint | None, stock: Footprint | None) -
         (stock, "stock has", ("units", "gathered", "sharded", "collectives")),
     ):
         for name in names if other is not None else ():
+            if name == "units" and other is stock and ours.whole:
+                continue
             found, wanted = getattr(ours, name), getattr(other, name)
             if found is None or wanted is None or found == wanted or (found < wanted) != (name == "units"):
                 continue

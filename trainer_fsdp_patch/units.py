@@ -113,7 +113,9 @@ def parts(model: Any) -> set[int]:
     found = {id(item) for item in tuners}
     for module in model.modules():
         adapted = module not in tuners and inventory.is_adapted(module)
-        around = type(getattr(module, "base_layer", None)).__name__ in blocks
+        inside = getattr(module, "base_layer", None)
+        # Activation checkpointing has put its wrapper around the block by then.
+        around = type(getattr(inside, "_checkpoint_wrapped_module", inside)).__name__ in blocks
         if isinstance(module, PreTrainedModel) or (adapted and around):
             found.add(id(module))
         elif adapted:
