@@ -68,7 +68,7 @@ def test_a_block_may_be_a_unit_and_what_adapts_it_may_not() -> None:
 
 @pytest.mark.skipif(not METHODS["shadow"].exists, reason="this peft has no Shadow")
 def test_so_may_a_block_below_activation_checkpointing() -> None:
-    """A layer of Shadow, around a block, has no tensor for a unit to hook: it stayed gathered to the end of backward."""
+    """Shadow's layers, around blocks, have no tensor for a unit to hook: such units stayed gathered in the backward."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     model = METHODS["shadow"](llama())
