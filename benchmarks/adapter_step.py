@@ -24,8 +24,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trainer_fsdp_patch import checking, trial
-from trainer_fsdp_patch.trial import Outcome, Setup
+from trainer_fsdp_patch.testing import checking, trial
+from trainer_fsdp_patch.testing.trial import Outcome, Setup
 
 STEPS = 6
 SIDES = ("stock", "patched")

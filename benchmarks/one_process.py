@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import checking, trial
-from trainer_fsdp_patch.trial import Setup
+from trainer_fsdp_patch.testing import checking, trial
+from trainer_fsdp_patch.testing.trial import Setup
 
 FIRST = 5
 """Steps of a training that are not counted: caches are filled in them."""

@@ -19,8 +19,11 @@ import adapter_step
 from rich.console import Console
 from rich.table import Table
 
-from trainer_fsdp_patch import checking, checkpoint, liveness, sync, trial, writing
-from trainer_fsdp_patch.trial import Outcome, Setup
+from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.saving import checkpoint, writing
+from trainer_fsdp_patch.testing import checking, trial
+from trainer_fsdp_patch.testing.trial import Outcome, Setup
+from trainer_fsdp_patch.training import liveness
 
 PARTS = {
     "ranks compared": (sync, "compare"),

@@ -123,7 +123,7 @@ def main() -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     training = arguments(given, ranks)
     if ranks > 1 and training.device.type == "cpu":
-        from trainer_fsdp_patch import cpu
+        from trainer_fsdp_patch.testing import cpu
 
         cpu.bridge(training)
     set_seed(0)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import plugin
-from trainer_fsdp_patch.registry import Patch
+from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.preparing import plugin
 
 patch = Patch(__name__, versions="accelerate>=0.30.dev0", target="accelerate.utils.dataclasses")
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import placing
-from trainer_fsdp_patch.registry import Patch
+from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.preparing import placing
 
 patch = Patch(
     __name__,

@@ -10,8 +10,8 @@ from typing import Any
 import quantizers
 import torch
 
-from trainer_fsdp_patch import trial
-from trainer_fsdp_patch.trial import Setup
+from trainer_fsdp_patch.testing import trial
+from trainer_fsdp_patch.testing.trial import Setup
 
 WIDTH = 64
 TEXT: dict[str, Any] = {

@@ -25,9 +25,11 @@ import pytest
 from faults import FLAVOURS
 from matrix import METHODS, Bench, reference_of
 
-from trainer_fsdp_patch import reading, trial, versions
-from trainer_fsdp_patch.inventory import bare, canonical
-from trainer_fsdp_patch.trial import Outcome, Setup
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.files import reading
+from trainer_fsdp_patch.planning.inventory import bare, canonical
+from trainer_fsdp_patch.testing import trial
+from trainer_fsdp_patch.testing.trial import Outcome, Setup
 
 REPORTS = Path(__file__).parent / "reports"
 DATA = Path(__file__).parent / "data" / "cases.json"

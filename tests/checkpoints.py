@@ -22,9 +22,11 @@ from typing import Any
 
 from matrix import METHODS, Bench, reference_of, with_a_head
 
-from trainer_fsdp_patch import reading, stack, trial, verify, versions
+from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.errors import AdapterError
-from trainer_fsdp_patch.trial import Outcome, Setup
+from trainer_fsdp_patch.files import reading, verify
+from trainer_fsdp_patch.testing import stack, trial
+from trainer_fsdp_patch.testing.trial import Outcome, Setup
 
 Action = Callable[[Any, Path], "dict[str, Any] | None"]
 Arguments = dict[str, Any]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import registry, versions
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.patching import registry
 
 if TYPE_CHECKING:
     from cases import Ways

@@ -12,7 +12,9 @@ import pytest
 from matrix import METHODS, Bench, Setup, has, reference_of
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import registry, stack, trial, versions, wrapping
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.patching import registry, wrapping
+from trainer_fsdp_patch.testing import stack, trial
 
 PROJECTED = ("vera", "pvera", "randlora", "frod")
 FLAVOURS = [1, 2] if stack.has_fsdp2() else [1]

@@ -30,9 +30,11 @@ with warnings.catch_warnings():
     from architectures import ARCHITECTURES, LLAMA, Architecture
     from methods import METHODS, ON_ARCHITECTURES, ON_LLAMA
 
-from trainer_fsdp_patch import checking, footprint, trial, versions
-from trainer_fsdp_patch.footprint import Footprint
-from trainer_fsdp_patch.trial import Outcome, Setup, Verdict
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.planning import footprint
+from trainer_fsdp_patch.planning.footprint import Footprint
+from trainer_fsdp_patch.testing import checking, trial
+from trainer_fsdp_patch.testing.trial import Outcome, Setup, Verdict
 
 checking.import_targets()
 with warnings.catch_warnings():

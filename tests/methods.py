@@ -17,7 +17,7 @@ from architectures import ARCHITECTURES, LLAMA, Architecture
 from peft import get_peft_model
 from transformers import TrainerCallback
 
-from trainer_fsdp_patch import trial
+from trainer_fsdp_patch.testing import trial
 
 Configure = Callable[[Any], Any]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer_fsdp_patch import trial
-from trainer_fsdp_patch.trial import Setup
+from trainer_fsdp_patch.testing import trial
+from trainer_fsdp_patch.testing.trial import Setup
 
 GROUP = 32
 LAYERS = ("q_proj", "o_proj", "gate_proj")

@@ -25,7 +25,7 @@ def scenarios() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     import peft
     from matrix import METHODS, Setup, has, with_a_head
 
-    from trainer_fsdp_patch import stack
+    from trainer_fsdp_patch.testing import stack
 
     def ia3(model: Any) -> Any:
         targets = ["k_proj", "v_proj", "down_proj"]
@@ -44,7 +44,8 @@ def here(only: str, *, stock: bool) -> dict[str, Any]:
     """Every scenario on the installed releases."""
     from matrix import SIDES, Bench, beside, numbers
 
-    from trainer_fsdp_patch import trial, versions
+    from trainer_fsdp_patch import versions
+    from trainer_fsdp_patch.testing import trial
 
     trial.TIMEOUT = 20.0
     rows = []

@@ -10,8 +10,9 @@ from typing import Any
 from torch.distributed.fsdp import FullyShardedDataParallel
 from walk import STEPS, arguments, attempt, base_model, documented, heard, plain, trained, trainer_of, whole
 
-from trainer_fsdp_patch import cpu, planning, prepared, stack, trial
-from trainer_fsdp_patch.trial import Setup
+from trainer_fsdp_patch.planning import planning, prepared
+from trainer_fsdp_patch.testing import cpu, stack, trial
+from trainer_fsdp_patch.testing.trial import Setup
 
 WITHOUT_BEST = {"load_best_model_at_end": False, "metric_for_best_model": None}
 Run = Callable[[str], dict[str, Any]]

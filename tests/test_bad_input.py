@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from matrix import METHODS, Bench, Setup, trial
 
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.testing.trial import Outcome
 
 
 def spoiled(spoil: Any, setup: Setup, base: str, folder: str, rank: int) -> Outcome:
@@ -126,8 +126,8 @@ def test_use_orig_params_false_under_fsdp2_is_warned_of() -> None:
     trainer_fsdp_patch.patch()
     from accelerate import FullyShardedDataParallelPlugin
 
-    from trainer_fsdp_patch import plugin
     from trainer_fsdp_patch.errors import TrainerFsdpPatchWarning
+    from trainer_fsdp_patch.preparing import plugin
 
     made = FullyShardedDataParallelPlugin(fsdp_version=2, use_orig_params=False)
     with pytest.warns(TrainerFsdpPatchWarning, match="use_orig_params: False is asked for with FSDP2"):
@@ -166,7 +166,7 @@ def test_an_adapter_that_one_rank_alone_adds_later(bench: Bench, tmp_path: Path,
         if stage == "trained":
             from peft import LoraConfig
 
-            from trainer_fsdp_patch.inventory import bare
+            from trainer_fsdp_patch.planning.inventory import bare
 
             if rank == 0:
                 bare(thing.model).add_adapter("late", LoraConfig(r=4, target_modules=["q_proj"]))

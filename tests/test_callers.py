@@ -14,8 +14,8 @@ from faults import FLAVOURS, packed
 from matrix import METHODS, Bench, Setup, trial
 from safetensors.torch import load_file
 
-from trainer_fsdp_patch.inventory import canonical
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.planning.inventory import canonical
+from trainer_fsdp_patch.testing.trial import Outcome
 
 
 class Scorer(torch.nn.Module):

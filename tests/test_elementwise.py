@@ -12,10 +12,10 @@ import torch
 from faults import FLAVOURS, packed, where
 from matrix import METHODS, Bench, Setup, trial
 
-from trainer_fsdp_patch import elementwise
 from trainer_fsdp_patch.errors import AdapterError
-from trainer_fsdp_patch.inventory import canonical
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.planning import elementwise
+from trainer_fsdp_patch.planning.inventory import canonical
+from trainer_fsdp_patch.testing.trial import Outcome
 
 native = where("transformers>=5.15.dev0")
 HEAD = "base_model.model.lm_head.modules_to_save.default.weight"

@@ -13,8 +13,11 @@ import pytest
 from faults import FLAVOURS, fsdp2
 from matrix import METHODS, Bench, Setup
 
-from trainer_fsdp_patch import footprint, stack, trial, units, versions
-from trainer_fsdp_patch.footprint import Footprint
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.planning import footprint
+from trainer_fsdp_patch.planning.footprint import Footprint
+from trainer_fsdp_patch.preparing import units
+from trainer_fsdp_patch.testing import stack, trial
 
 RECORD = {(row["method"], row["fsdp"]): row for row in json.loads(footprints.DATA.read_text())}
 SAMPLE = ["vera", "lora", "t5 vera", "llama_tied lora_tokens", "lora_replicated"]

@@ -18,7 +18,7 @@ from faults import FLAVOURS
 from matrix import METHODS, Bench, Setup, reference_of, trial
 
 from trainer_fsdp_patch import sync
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.testing.trial import Outcome
 
 Step = Callable[[Any, Any, Any], Any]
 

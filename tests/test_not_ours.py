@@ -32,7 +32,10 @@ from strangers import WITHOUT_BEST, alone, compiled, ddp, deepspeed, fsdp
 from walk import Scenario
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import prepared, registry, stack, versions, wrapping
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.patching import registry, wrapping
+from trainer_fsdp_patch.planning import prepared
+from trainer_fsdp_patch.testing import stack
 
 BEFORE: dict[int, tuple[str, ...]] = {1: (), 2: ("before",)}
 """What upstream refuses of FSDP, by its version: an evaluation before train(). FSDP1 cannot train after one."""
@@ -240,7 +243,7 @@ def test_subclasses_inherit_the_function_itself(name: str) -> None:
 SPAWN = """
 import importlib, multiprocessing, operator
 import trainer_fsdp_patch
-from trainer_fsdp_patch import registry
+from trainer_fsdp_patch.patching import registry
 
 trainer_fsdp_patch.patch()
 functions = [
@@ -271,7 +274,7 @@ from pathlib import Path
 # Before the forks, so that it is done once.
 import torch, accelerate
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer
-from trainer_fsdp_patch import trial
+from trainer_fsdp_patch.testing import trial
 
 folder = Path(sys.argv[1])
 base = multiprocessing.get_context("fork").Process(target=trial.tiny_base, args=(folder / "base",))

@@ -45,8 +45,8 @@ def check(patched, imported):
         kind = type(vars(cls)[name]).__name__
         assert (kind == "PatchWrapper") == patched, (kind, patched)
         if patched:
-            assert trainer_fsdp_patch.wrapping.depth(vars(cls)[name]) == 1
-import trainer_fsdp_patch, trainer_fsdp_patch.wrapping
+            assert trainer_fsdp_patch.patching.wrapping.depth(vars(cls)[name]) == 1
+import trainer_fsdp_patch, trainer_fsdp_patch.patching.wrapping
 def order():
         patched = imported = False
         {body}

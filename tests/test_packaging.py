@@ -114,7 +114,9 @@ def test_setup_cfg_lists_what_is_on_disk() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     packages = config["options"]["packages"].split()
-    assert packages == ["trainer_fsdp_patch", "trainer_fsdp_patch.patches"]
+    package = ROOT / "trainer_fsdp_patch"
+    rooms = [path.parent.name for path in package.glob("*/__init__.py")]
+    assert packages == ["trainer_fsdp_patch", *sorted(f"trainer_fsdp_patch.{name}" for name in (*rooms, "patches"))]
     assert not [path for path in (ROOT / "patches").iterdir() if path.is_dir() and path.name != "__pycache__"]
     modules = {path.stem for path in (ROOT / "patches").glob("*.py")} - {"__init__"}
     assert {path.stem.removeprefix("test_") for path in (ROOT / "tests/patches").glob("test_*.py")} == modules

@@ -12,9 +12,10 @@ from matrix import METHODS, Bench, Setup, trial
 from test_plan import llama
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import budget, planning, stack
 from trainer_fsdp_patch.errors import PlanError
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.planning import budget, planning
+from trainer_fsdp_patch.testing import stack
+from trainer_fsdp_patch.testing.trial import Outcome
 
 HEAD = "base_model.model.lm_head.modules_to_save.default.weight"
 side_by_side = where("accelerate>=1.15.dev0", "torch>=2.13.dev0")

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import inventory
 from trainer_fsdp_patch.errors import PlanError
+from trainer_fsdp_patch.planning import inventory
 
 
 def llama(device: str = "cpu") -> Any:

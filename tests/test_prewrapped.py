@@ -11,9 +11,9 @@ from faults import FLAVOURS
 from matrix import METHODS, Bench, Setup, trial
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import prewrapped
 from trainer_fsdp_patch.errors import PatchError
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.patching import prewrapped
+from trainer_fsdp_patch.testing.trial import Outcome
 
 
 def late(strict: bool, setup: Setup, base: str, folder: str, rank: int) -> Outcome:

@@ -12,8 +12,9 @@ import pytest
 from packaging.version import Version
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import registry, versions
+from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.errors import PatchError, TrainerFsdpPatchWarning
+from trainer_fsdp_patch.patching import registry
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 from packaging.version import Version
 
-from trainer_fsdp_patch import registry, seams, versions
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.patching import registry, seams
 
 DATA = json.loads((Path(__file__).parent / "data" / "seams.json").read_text())
 # The wheels of torch are too big to be read for a few private functions; the sessions of other torches run those.
@@ -132,7 +133,8 @@ def test_what_moved_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
 def test_recording_and_comparing(python: Callable[..., str], tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from trainer_fsdp_patch import cli, seams
+from trainer_fsdp_patch import cli
+from trainer_fsdp_patch.patching import seams
 seams.RECORD = Path({str(tmp_path / "seams.json")!r})
 assert cli.main(["seams", "--record"]) == 0
 assert cli.main(["seams"]) == 0

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trainer_fsdp_patch import sync, trial
+from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.testing import trial
+from trainer_fsdp_patch.testing.trial import Outcome
 
 
 def on_ranks(function: Any, ranks: int) -> list[Any]:

@@ -9,7 +9,7 @@ import pytest
 from matrix import METHODS, Bench, Setup, reference_of, trial
 from safetensors.torch import load_file
 
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.testing.trial import Outcome
 
 
 def bare(model: Any) -> Any:

@@ -15,8 +15,10 @@ import torch
 from matrix import METHODS, Bench, Setup
 from safetensors.torch import load_file, save_file
 
-from trainer_fsdp_patch import checkpoint, cli, reading, repair, verify
+from trainer_fsdp_patch import cli
 from trainer_fsdp_patch.errors import AdapterError, TrainerFsdpPatchWarning
+from trainer_fsdp_patch.files import reading, repair, verify
+from trainer_fsdp_patch.saving import checkpoint
 
 LAYERS = "base_model.model.model.layers"
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import wrapt
 
-from trainer_fsdp_patch import wrapping
 from trainer_fsdp_patch.errors import PatchError
-from trainer_fsdp_patch.wrapping import Seam
+from trainer_fsdp_patch.patching import wrapping
+from trainer_fsdp_patch.patching.wrapping import Seam
 
 
 def module() -> types.ModuleType:

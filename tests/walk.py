@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer_fsdp_patch import registry, stack, trial, versions
-from trainer_fsdp_patch.trial import Outcome, Setup
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.patching import registry
+from trainer_fsdp_patch.testing import stack, trial
+from trainer_fsdp_patch.testing.trial import Outcome, Setup
 
 LOGGERS, STEPS = ("transformers", "accelerate", "peft", "torch", "DeepSpeed"), 3
 CLOCK = ("runtime", "per_second", "preparation_time")

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from trainer_fsdp_patch import seams, versions
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.patching import seams
 
 DATA = Path(__file__).parent / "data" / "seams.json"
 

@@ -12,8 +12,8 @@ import os.path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer_fsdp_patch.planning import Plan
-    from trainer_fsdp_patch.registry import Status
+    from trainer_fsdp_patch.patching.registry import Status
+    from trainer_fsdp_patch.planning.planning import Plan
 
 __all__ = ["__version__", "patch", "plan", "status", "unpatch"]
 __version__ = "0.1.0"
@@ -46,7 +46,8 @@ def patch(
             or cannot be applied.
         PlanError: a setting is none that is known.
     """
-    from trainer_fsdp_patch import budget, registry
+    from trainer_fsdp_patch.patching import registry
+    from trainer_fsdp_patch.planning import budget
 
     budget.set_to(adapter_placement, adapter_budget)
     return registry.patch(*names, strict=strict)
@@ -54,7 +55,8 @@ def patch(
 
 def unpatch() -> None:
     """Restore every patched attribute to identity; where somebody wrapped on top of us, go silent."""
-    from trainer_fsdp_patch import budget, registry
+    from trainer_fsdp_patch.patching import registry
+    from trainer_fsdp_patch.planning import budget
 
     budget.settings = budget.Settings()
     registry.unpatch()
@@ -62,7 +64,7 @@ def unpatch() -> None:
 
 def status() -> list[Status]:
     """State of every patch: unused, waiting, applied, skipped (with the reason) or failed."""
-    from trainer_fsdp_patch import registry
+    from trainer_fsdp_patch.patching import registry
 
     return registry.status()
 
@@ -72,7 +74,7 @@ def plan(model: Any, **settings: Any) -> Plan:
 
     Args:
         model: a `torch.nn.Module` that carries a PEFT adapter; meta tensors will do.
-        settings: see `trainer_fsdp_patch.planning.make_plan`.
+        settings: see `trainer_fsdp_patch.planning.planning.make_plan`.
 
     Returns:
         The plan; pure data, computed without a process group and without changing the model.
@@ -80,6 +82,6 @@ def plan(model: Any, **settings: Any) -> Plan:
     Raises:
         PlanError: a setting contradicts the plan.
     """
-    from trainer_fsdp_patch import planning
+    from trainer_fsdp_patch.planning import planning
 
     return planning.make_plan(model, **settings)

@@ -14,7 +14,7 @@ from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.errors import message
 
 if TYPE_CHECKING:
-    from trainer_fsdp_patch.registry import Status
+    from trainer_fsdp_patch.patching.registry import Status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{text}\n")
         return 2
     if given.command == "check":
-        from trainer_fsdp_patch import checking
+        from trainer_fsdp_patch.testing import checking
 
         return checking.check()
     if given.command == "seams":
@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _saved(given: argparse.Namespace) -> int:
     """Verify, or repair and verify the copy; 2 where there is nothing at the path."""
-    from trainer_fsdp_patch import repair, verify
     from trainer_fsdp_patch.errors import AdapterError
+    from trainer_fsdp_patch.files import repair, verify
 
     done: list[str] = []
     try:
@@ -108,7 +108,8 @@ def _saved(given: argparse.Namespace) -> int:
 
 
 def _seams(*, record: bool) -> int:
-    from trainer_fsdp_patch import checking, seams
+    from trainer_fsdp_patch.patching import seams
+    from trainer_fsdp_patch.testing import checking
 
     checking.import_targets()
     if record:
@@ -123,7 +124,7 @@ def _missing() -> list[str]:
 def _status(*, as_json: bool) -> int:
     """Import the targets, patch, and print the state of every patch; 1 where one failed."""
     import trainer_fsdp_patch
-    from trainer_fsdp_patch import checking
+    from trainer_fsdp_patch.testing import checking
 
     trainer_fsdp_patch.patch()
     if not _missing():

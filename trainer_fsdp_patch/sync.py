@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer_fsdp_patch import reading
 from trainer_fsdp_patch.errors import AdapterError, RankError, message
+from trainer_fsdp_patch.files import reading
 
 if TYPE_CHECKING:
     import torch

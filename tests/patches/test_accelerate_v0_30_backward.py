@@ -7,7 +7,7 @@ import pytest
 from faults import FLAVOURS, canary
 from matrix import METHODS, Bench, Setup, reference_of, trial
 
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.testing.trial import Outcome
 
 NAME = "accelerate_v0_30_backward"
 

@@ -4,7 +4,7 @@ import pytest
 from faults import canary, fsdp2, resumes, with_trainable_norms
 from matrix import METHODS, Bench, Setup
 
-from trainer_fsdp_patch import stack
+from trainer_fsdp_patch.testing import stack
 
 
 def test_canary() -> None:

@@ -10,7 +10,7 @@ import torch
 from faults import canary, resumes, with_trainable_norms
 from matrix import METHODS, Bench, Setup, trial
 
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.testing.trial import Outcome
 
 NAME = "accelerate_v1_15_checkpoint"
 

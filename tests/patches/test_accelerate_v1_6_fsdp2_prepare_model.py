@@ -8,7 +8,7 @@ from faults import NO_SHARDS, canary, fault, fsdp2, packed, where
 from matrix import METHODS, Bench, Setup, trial
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.testing.trial import Outcome
 
 
 def test_canary() -> None:

@@ -14,9 +14,10 @@ import torch
 from faults import FLAVOURS, canary, fsdp2, packed, where
 from matrix import METHODS, Bench, Setup, reference_of
 
-from trainer_fsdp_patch import registry, trial
-from trainer_fsdp_patch.inventory import bare
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.patching import registry
+from trainer_fsdp_patch.planning.inventory import bare
+from trainer_fsdp_patch.testing import trial
+from trainer_fsdp_patch.testing.trial import Outcome
 
 SETUPS = [
     Setup("f1", fsdp=1),

@@ -5,7 +5,7 @@ from pathlib import Path
 from faults import canary, where
 from matrix import METHODS, Bench, Setup, trial
 
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.testing.trial import Outcome
 
 
 def test_canary() -> None:

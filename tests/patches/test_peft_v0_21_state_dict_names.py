@@ -5,7 +5,7 @@ from faults import canary, fault
 from matrix import Bench, Setup
 from torch import nn
 
-from trainer_fsdp_patch import naming
+from trainer_fsdp_patch.saving import naming
 
 
 def test_canary() -> None:

@@ -6,7 +6,7 @@ import pytest
 from faults import canary, skip_without_reference
 from matrix import Bench, Setup
 
-from trainer_fsdp_patch import registry
+from trainer_fsdp_patch.patching import registry
 
 NAME = "torch_v2_2_frozen_units"
 

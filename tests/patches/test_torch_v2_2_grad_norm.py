@@ -6,7 +6,7 @@ import torch
 from faults import canary
 from matrix import Bench, Setup, trial, with_a_head
 
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.testing.trial import Outcome
 
 
 def test_canary() -> None:
@@ -18,7 +18,7 @@ def norms(patched: bool, folder: str, rank: int) -> Outcome:
     from torch.distributed.fsdp import fully_sharded_data_parallel as target
 
     import trainer_fsdp_patch
-    from trainer_fsdp_patch import prepared
+    from trainer_fsdp_patch.planning import prepared
 
     if patched:
         trainer_fsdp_patch.patch("torch_v2_2_grad_norm")

@@ -18,8 +18,10 @@ from checkpoints import failure
 from faults import canary
 from matrix import METHODS, Bench, Setup, reference_of
 
-from trainer_fsdp_patch import inventory, reading, stack, trial
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.files import reading
+from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.testing import stack, trial
+from trainer_fsdp_patch.testing.trial import Outcome
 
 SETUPS = [
     Setup("f1", fsdp=1),

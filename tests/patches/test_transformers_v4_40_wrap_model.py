@@ -7,7 +7,7 @@ import pytest
 from faults import FLAVOURS, added, canary, equals_one_process, fault, fsdp2, packed, takes_adapters, where
 from matrix import METHODS, Bench, Setup, has, trial
 
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.testing.trial import Outcome
 
 
 def test_canary() -> None:
@@ -85,7 +85,7 @@ def buffers(method: str, patched: bool, setup: Setup, base: str, folder: str, ra
     """Train, then say which floating-point buffers of the model lost bits on the way."""
     from transformers import Trainer
 
-    from trainer_fsdp_patch.inventory import canonical
+    from trainer_fsdp_patch.planning.inventory import canonical
 
     given = trial.enter(setup, folder, 2, patched=patched)
     model = METHODS[method](trial.load_base(base, setup))

@@ -10,7 +10,9 @@ from checkpoints import Scene, failure
 from faults import canary, runs_out
 from matrix import Bench, Setup
 
-from trainer_fsdp_patch import batch_size, registry, trial
+from trainer_fsdp_patch.patching import registry
+from trainer_fsdp_patch.testing import trial
+from trainer_fsdp_patch.training import batch_size
 
 
 def test_canary() -> None:

@@ -17,8 +17,9 @@ from checkpoints import failure
 from faults import FLAVOURS, fsdp2, packed
 from matrix import Bench, Setup, reference_of
 
-from trainer_fsdp_patch import trial, versions
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.testing import trial
+from trainer_fsdp_patch.testing.trial import Outcome
 
 
 def rank() -> int:

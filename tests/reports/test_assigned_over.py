@@ -13,7 +13,7 @@ import pytest
 from faults import fsdp2
 from matrix import METHODS, Bench, Setup, reference_of, trial
 
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.testing.trial import Outcome
 
 
 def assigned(other: bool, setup: Setup, base: str, folder: str, rank: int) -> Outcome:

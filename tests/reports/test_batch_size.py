@@ -14,7 +14,8 @@ from checkpoints import Scene, bits, failure, train
 from faults import FLAVOURS, runs_out, where
 from matrix import METHODS, Bench, Setup
 
-from trainer_fsdp_patch import batch_size, trial
+from trainer_fsdp_patch.testing import trial
+from trainer_fsdp_patch.training import batch_size
 
 pytestmark = where("transformers>=4.45.dev0")
 SETUPS = [Setup(f"f{fsdp}", fsdp=fsdp) for fsdp in FLAVOURS] + [

@@ -16,9 +16,10 @@ from faults import FLAVOURS, added, takes_adapters
 from matrix import METHODS, Bench, Setup, has, reference_of, trial
 from safetensors.torch import load_file, save_file
 
-from trainer_fsdp_patch import stack, sync
+from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError
-from trainer_fsdp_patch.trial import Outcome
+from trainer_fsdp_patch.testing import stack
+from trainer_fsdp_patch.testing.trial import Outcome
 
 SHARDS_BESIDE = stack.at_least("accelerate", "1.15.0") and stack.at_least("torch", "2.13.0")
 FILE = "adapter_model.safetensors"

@@ -10,7 +10,7 @@ import cases
 import pytest
 from cases import Case, Found, Scene
 
-from trainer_fsdp_patch import cpu, trial
+from trainer_fsdp_patch.testing import cpu, trial
 
 TRL, SENTENCES = ("trl", "datasets"), ("sentence_transformers", "datasets")
 cases.imported(*(f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "reward", "grpo")))

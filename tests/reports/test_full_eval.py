@@ -16,7 +16,8 @@ from checkpoints import Scene, failure
 from faults import FLAVOURS, packed
 from matrix import METHODS, Bench, Setup
 
-from trainer_fsdp_patch import stack, trial, versions
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.testing import stack, trial
 
 SETUPS = [
     *(Setup(f"f{fsdp}", fsdp=fsdp) for fsdp in FLAVOURS),

@@ -17,7 +17,7 @@ import pytest
 from faults import fsdp2, packed, where
 from matrix import Bench, Setup
 
-from trainer_fsdp_patch import registry
+from trainer_fsdp_patch.patching import registry
 
 
 def some(*usual: str, long: tuple[str, ...]) -> list[Any]:

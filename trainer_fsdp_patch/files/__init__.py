@@ -1,0 +1,1 @@
+"""Adapter files and checkpoints on disk, of any origin; no model is needed."""

@@ -1,0 +1,207 @@
+"""Reads adapter files and Trainer checkpoints from disk without running what a pickle may hold."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.planning.inventory import canonical
+
+SAFE, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
+FSDP_FULL, FSDP_SHARDED = "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0"
+STATE = "trainer_state.json"
+
+_METADATA = {
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed._shard.metadata": {"ShardMetadata"},
+    "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING", "TensorProperties"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+"""All that the index of a torch distributed checkpoint is made of, dtypes aside."""
+
+
+class _Index(pickle.Unpickler):
+    """Reads the index of a distributed checkpoint; torch's own reader would run any pickle."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name not in _METADATA.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def adapter_file(folder: Path) -> Path | None:
+    """The file that holds an adapter's tensors, or None."""
+    return next((folder / name for name in (SAFE, PICKLED) if (folder / name).is_file()), None)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that a Trainer has written into its folder, the newest first."""
+    steps = {item: re.fullmatch(r"checkpoint-(\d+)", item.name) for item in folder.iterdir() if item.is_dir()}
+    return sorted((item for item in steps if steps[item]), key=lambda item: int(item.name[11:]), reverse=True)
+
+
+def adapter_folders(folder: Path) -> list[Path]:
+    """The folder and those below it that hold an adapter: peft gives every adapter but the default one its own."""
+    runs = checkpoints(folder)
+    below = sorted(item for item in folder.iterdir() if item.is_dir() and item not in runs)
+    return [item for item in (folder, *below) if adapter_file(item) or (item / CONFIG).is_file()]
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    """Tensors of an adapter file or of a pickled state dict, on the CPU.
+
+    Raises:
+        AdapterError: it is truncated, foreign, or holds something else than tensors.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise unreadable(path, error) from error
+    if not isinstance(found, dict) or not all(isinstance(item, torch.Tensor) for item in found.values()):
+        raise unreadable(path, TypeError("it is no dictionary of tensors"))
+    return found
+
+
+def fsdp_part(folder: Path) -> dict[str, Any]:
+    """The model part of a resume checkpoint, whole, full or sharded; {} where there is none.
+
+    Raises:
+        AdapterError: it is truncated, foreign, or holds something else than tensors.
+    """
+    if (folder / FSDP_FULL).is_file():
+        return tensors(folder / FSDP_FULL)
+    if not (folder / FSDP_SHARDED).is_dir():
+        return {}
+    try:
+        return _sharded(folder / FSDP_SHARDED)
+    except Exception as error:
+        raise unreadable(folder / FSDP_SHARDED, error) from error
+
+
+def _sharded(folder: Path) -> dict[str, Any]:
+    import warnings
+
+    import torch
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with (folder / ".metadata").open("rb") as file:
+        index = _Index(file).load()
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            return index
+
+    entries = index.state_dict_metadata.items()
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        # It says that no process group exists, which is so.
+        warnings.simplefilter("ignore")
+        load(found, storage_reader=Reader(folder))
+    return {name.removeprefix("model."): tensor for name, tensor in found.items()}
+
+
+def text(path: Path) -> dict[str, Any]:
+    """A JSON file.
+
+    Raises:
+        AdapterError: it is absent, truncated, or no object.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise TypeError("it is no JSON object")
+    except (OSError, ValueError, TypeError) as error:
+        raise unreadable(path, error) from error
+    return found
+
+
+def bits(tensor: Any) -> Any:
+    """The bytes of a tensor in one dimension: uint8, aligned so that they can be viewed in larger words."""
+    import torch
+
+    stored = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return stored.clone() if stored.storage_offset() % 8 else stored
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes, NaNs included."""
+    import torch
+
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    pair = bits(one), bits(other)
+    # torch compares words four times faster than bytes.
+    words = len(pair[0]) // 8 * 8
+    first, second = (stored[:words].view(torch.int64) for stored in pair)
+    return bool(first.equal(second) and pair[0][words:].equal(pair[1][words:]))
+
+
+def unreadable(path: Path, error: BaseException) -> AdapterError:
+    """Error that says what is wrong with a file."""
+    found = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return AdapterError(
+        message(
+            str(path),
+            f"cannot be read: {found}",
+            "Nothing was loaded from it",
+            "Take the file of another save; `python -m trainer_fsdp_patch verify` tells which are whole",
+        )
+    )
+
+
+def adapter_only(folder: Path, adapter: str = "default") -> dict[str, Any]:
+    """The adapter's part of what a run resumes from, by the keys of an adapter file.
+
+    Args:
+        folder: of the checkpoint.
+        adapter: name of the adapter, which the keys of a model's state dict have and those of a file have not.
+
+    Returns:
+        Tensors on the CPU; {} where there is no such part or where it cannot be read.
+    """
+    try:
+        found = {canonical(key): tensor for key, tensor in fsdp_part(folder).items()}
+    except AdapterError:
+        return {}
+    live = {key: tensor for key, tensor in found.items() if adapter in key.split(".")}
+    found = {bare(key, adapter): tensor for key, tensor in live.items()} if live else found
+    # What all layers share stands in a model's state dict once for each layer, and in a file once.
+    shared = {key.removeprefix("base_model.") for key in found if key.count(".") == 1}
+    return {key: tensor for key, tensor in found.items() if key.count(".") == 1 or key.rpartition(".")[2] not in shared}
+
+
+def bare(key: str, adapter: str = "default") -> str:
+    """Key of an adapter file for a tensor's name in the model."""
+    helpers = ("modules_to_save", "token_adapter", adapter)
+    return ".".join(part for part in canonical(key).split(".") if part not in helpers)

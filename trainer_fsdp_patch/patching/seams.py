@@ -1,0 +1,141 @@
+"""`python -m trainer_fsdp_patch seams`: what moved upstream since the newest tested releases."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.patching import registry, wrapping
+
+RECORD = Path(__file__).with_name("seams.json")
+"""What the newest tested releases have, written by `seams --record`."""
+
+WATCHED = (
+    ("accelerate.accelerator", "Accelerator.unwrap_model"),
+    ("accelerate.utils.dataclasses", "FullyShardedDataParallelPlugin.set_mixed_precision"),
+    ("accelerate.utils.fsdp_utils", "load_fsdp_model"),
+    ("accelerate.utils.fsdp_utils", "save_fsdp_model"),
+    ("accelerate.utils.fsdp_utils", "save_fsdp_optimizer"),
+    ("peft.utils.save_and_load", "get_peft_model_state_dict"),
+    ("peft.utils.other", "fsdp_auto_wrap_policy"),
+    ("transformers.trainer", "Trainer._inner_training_loop"),
+    ("transformers.trainer", "Trainer._save"),
+    ("transformers.trainer", "Trainer._save_checkpoint"),
+    ("transformers.trainer", "Trainer.create_accelerator_and_postprocess"),
+    ("transformers.trainer", "Trainer.training_step"),
+)
+"""Functions that no patch wraps, but whose behaviour the engine counts on."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """One seam, now and in the newest tested release.
+
+    Attributes:
+        seam: module and dotted path.
+        patches: names of the patches that wrap it, in any release; none where it is only watched.
+        state: same, body (only the body changed), signature, gone, or new.
+        detail: what was recorded and what is found, where they differ.
+    """
+
+    seam: str
+    patches: tuple[str, ...]
+    state: str
+    detail: str
+
+
+def known() -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Every seam once: target module, dotted path, patches."""
+    seams: dict[tuple[str, str], list[str]] = {}
+    for patch in registry.discover().values():
+        for seam in patch.seams:
+            seams.setdefault((patch.target, seam.path), []).append(patch.name)
+    witnesses = (patch.witness for patch in registry.discover().values() if patch.witness is not None)
+    for watched in (*WATCHED, *witnesses):
+        seams.setdefault(watched, [])
+    for (target, path), names in sorted(seams.items()):
+        yield target, path, tuple(names)
+
+
+def look(target: str, path: str) -> dict[str, Any] | None:
+    """Parameters of an upstream function and a digest of its source, or None where it is not there.
+
+    Of what the target imports from another package there is only its name: that package has releases of its own.
+    """
+    try:
+        function = wrapping.resolve(importlib.import_module(target), path)[2]
+    except (AttributeError, ImportError):
+        return None
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    if function.__module__.split(".")[0] != target.split(".")[0]:
+        return {"imported": f"{function.__module__}.{function.__qualname__}"}
+    return {
+        "parameters": list(inspect.signature(function).parameters),
+        "digest": digest(inspect.getsource(function)),
+    }
+
+
+def digest(source: str) -> str:
+    """Short hash of a function's source, from its `def` on, whatever its indentation."""
+    lines = [line.strip() for line in source.splitlines() if line.strip()]
+    first = next(index for index, line in enumerate(lines) if line.startswith("def "))
+    return hashlib.sha256("\n".join(lines[first:]).encode()).hexdigest()[:16]
+
+
+def moves() -> list[Move]:
+    """Compare the installed releases with the record; every seam is in the result."""
+    record = json.loads(RECORD.read_text())["seams"]
+    found = []
+    for target, path, names in known():
+        seam = f"{target}.{path}"
+        then, now = record.get(seam), look(target, path)
+        state, detail = _difference(then, now)
+        found.append(Move(seam, names, state, detail))
+    return found
+
+
+def _difference(then: dict[str, Any] | None, now: dict[str, Any] | None) -> tuple[str, str]:
+    if then is None or now is None:
+        return ("same" if then is now else "new" if then is None else "gone"), ""
+    if "imported" in then or "imported" in now:
+        return ("same", "") if then == now else ("signature", f"{then} -> {now}")
+    if then["parameters"] != now["parameters"]:
+        return "signature", f"({', '.join(then['parameters'])}) -> ({', '.join(now['parameters'])})"
+    return ("same", "") if then["digest"] == now["digest"] else ("body", "read what changed in it")
+
+
+def record() -> None:
+    """Write what is installed as the newest tested releases."""
+    seams = {f"{target}.{path}": look(target, path) for target, path, _ in known()}
+    installed = {package: str(versions.installed(package)) for package in ("accelerate", "peft", "transformers")}
+    content = {"installed": installed, "seams": {seam: entry for seam, entry in seams.items() if entry is not None}}
+    RECORD.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def report() -> int:
+    """Print what moved; 1 where a patch that concerns what is installed would not fit."""
+    from rich.console import Console
+    from rich.table import Table
+
+    tested = json.loads(RECORD.read_text())["installed"]
+    title = ", ".join(f"{name} {release} -> {versions.installed(name)}" for name, release in tested.items())
+    table = Table(title=title, title_justify="left")
+    for column in ("seam", "patches", "state"):
+        table.add_column(column, overflow="fold")
+    every = moves()
+    moved = [move for move in every if move.state != "same"]
+    for move in moved:
+        names = ", ".join(move.patches) or "only watched"
+        table.add_row(move.seam, names, f"{move.state}: {move.detail}" if move.detail else move.state)
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(table if moved else title)
+    console.print(f"{len(moved)} of {len(every)} seams moved")
+    broken = [name for move in moved if move.state in ("signature", "gone") for name in move.patches]
+    return int(any(registry.find(name).concerns() for name in broken))

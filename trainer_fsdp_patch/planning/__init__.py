@@ -1,0 +1,1 @@
+"""What a model holds, where each tensor goes, and the record of a planned model."""

@@ -1,0 +1,151 @@
+"""Which trainable tensors are too big to be replicated: the rule, and what a user sets of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.errors import PlanError, message
+from trainer_fsdp_patch.planning.inventory import ADAPTER, BASE, QUANTIZED, Tensor
+
+PLACEMENTS = ("auto", "replicate", "shard")
+FLOOR = 2**30
+"""Bytes that a replicated adapter may cost each rank in any case."""
+
+_STATE = 8
+"""Bytes of optimizer state for each element: AdamW's two moments in fp32."""
+
+
+@dataclass
+class Settings:
+    """What `patch()` was given.
+
+    Attributes:
+        adapter_placement: "auto" shards the largest trainable tensors until the others fit the budget, "replicate"
+            shards none, "shard" all that can be.
+        adapter_budget: bytes of parameters, gradients and optimizer state that each rank may hold of the replicated
+            adapter; None is 1 GiB, or a rank's share of the sharded base where that is more.
+    """
+
+    adapter_placement: str = "auto"
+    adapter_budget: int | None = None
+
+
+settings = Settings()
+
+
+def set_to(adapter_placement: str | None, adapter_budget: int | None) -> None:
+    """Keep what a user sets; None leaves it as it is.
+
+    Raises:
+        PlanError: it is no placement, or no number of bytes.
+    """
+    check(adapter_placement or "auto", adapter_budget)
+    settings.adapter_placement = adapter_placement or settings.adapter_placement
+    settings.adapter_budget = settings.adapter_budget if adapter_budget is None else adapter_budget
+
+
+def check(adapter_placement: str, adapter_budget: int | None) -> None:
+    """Refuse what is no setting.
+
+    Raises:
+        PlanError: it is no placement, or no number of bytes.
+    """
+    if adapter_placement not in PLACEMENTS:
+        _refuse("adapter_placement", adapter_placement, f"Use one of {', '.join(map(repr, PLACEMENTS))}")
+    number = isinstance(adapter_budget, int) and not isinstance(adapter_budget, bool) and adapter_budget >= 0
+    if adapter_budget is not None and not number:
+        _refuse("adapter_budget", adapter_budget, "Give a number of bytes, such as 2 * 2**30, or leave it out")
+
+
+def _refuse(setting: str, found: Any, remedy: str) -> None:
+    raise PlanError(message(setting, repr(found), "No plan was made", remedy), setting=setting)
+
+
+def cost(tensor: Tensor) -> int:
+    """Bytes that a replicated trainable tensor costs each rank: itself, its gradient and its optimizer state."""
+    elements = 1
+    for size in tensor.shape:
+        elements *= size
+    return 2 * tensor.nbytes + _STATE * elements
+
+
+def sharded(
+    tensors: list[Tensor], barred: dict[str, str], asked: Settings, ranks: int
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Trainable tensors that are sharded, with the reason, and a sentence for the log.
+
+    Args:
+        tensors: of the model.
+        barred: those that cannot be sharded, by name, and why.
+        asked: the user's settings.
+        ranks: over which FSDP shards.
+
+    Returns:
+        Reasons by canonical name, and sentences.
+    """
+    trained = [tensor for tensor in tensors if tensor.role == ADAPTER]
+    share = sum(item.nbytes for item in tensors if item.role in (BASE, QUANTIZED) and item.kind == "parameter") // ranks
+    budget = max(FLOOR, share) if asked.adapter_budget is None else asked.adapter_budget
+    total = sum(map(cost, trained))
+    able = sorted((item for item in trained if item.name not in barred), key=cost, reverse=True)
+    chosen: dict[str, str] = {}
+    if asked.adapter_placement == "replicate" or (asked.adapter_placement == "auto" and total <= budget):
+        return chosen, ()
+    left = total
+    for tensor in able:
+        if asked.adapter_placement == "auto" and left <= budget:
+            break
+        left -= cost(tensor)
+        chosen[tensor.name] = f"trainable: sharded, for replicas would cost each rank {cost(tensor) / 2**20:.1f} MiB"
+    kept = [tensor for tensor in trained if tensor.name not in chosen]
+    why = next((f", such as {item.name}: {barred[item.name]}" for item in kept if item.name in barred), "")
+    rest = f"the others cost each rank {left / 2**20:.1f} MiB"
+    text = f"{len(chosen)} of {len(trained)} trainable tensors are sharded, {rest}"
+    return chosen, (text + why,)
+
+
+def barred(tensors: list[Tensor], fsdp_version: int, units: dict[str, set[str]], copies: set[str]) -> dict[str, str]:
+    """Trainable tensors that FSDP cannot shard, by name, and why.
+
+    Args:
+        tensors: of the model.
+        fsdp_version: 1 or 2.
+        units: names of the FSDP units that each parameter is used in, by its name.
+        copies: names of the parameters of whole modules that are trained, as modules_to_save has them.
+    """
+    found = {}
+    dtypes: dict[str, str] = {}
+    for tensor in sorted((item for item in tensors if item.role == ADAPTER), key=cost, reverse=True):
+        unit = min(units[tensor.name])
+        if len(units[tensor.name]) > 1:
+            found[tensor.name] = f"{len(units[tensor.name])} units share it"
+        elif fsdp_version == 1 and tensor.name not in copies:
+            found[tensor.name] = "FSDP1 would give its unit's frozen weights a gradient"
+        elif fsdp_version == 2 and not _side_by_side():
+            found[tensor.name] = "that takes accelerate 1.15 and torch 2.13"
+        elif dtypes.setdefault(unit, tensor.dtype) != tensor.dtype:
+            found[tensor.name] = f"its unit trains {dtypes[unit]} and not {tensor.dtype}"
+    return found
+
+
+def _side_by_side() -> bool:
+    """Whether accelerate clips sharded and whole gradients together, and torch takes a unit of two dtypes."""
+    return versions.at_least("accelerate", "1.15.0") and versions.at_least("torch", "2.13.0")
+
+
+def separate(optimizer: Any, names: Iterable[Any]) -> None:
+    """Give sharded parameters groups of their own: torch steps no group that mixes them with whole ones.
+
+    Args:
+        optimizer: with the parameters that FSDP2 is about to shard.
+        names: those parameters.
+    """
+    ours = {id(parameter) for parameter in names}
+    for group in list(optimizer.param_groups):
+        mine = [item for item in group["params"] if id(item) in ours]
+        if mine and len(mine) < len(group["params"]):
+            group["params"] = [item for item in group["params"] if id(item) not in ours]
+            optimizer.add_param_group({**group, "params": mine})

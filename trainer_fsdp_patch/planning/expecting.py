@@ -1,0 +1,186 @@
+"""What a plan says that FSDP will take of a rank: units, parameter bytes between steps, and bytes gathered at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.planning.footprint import Footprint
+from trainer_fsdp_patch.planning.inventory import BASE, QUANTIZED, Tensor
+
+if TYPE_CHECKING:
+    from trainer_fsdp_patch.planning.planning import Plan
+
+SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_ALIGNED = 16
+"""Bytes at a multiple of which FSDP1 puts each original parameter in a flat one."""
+
+Units = tuple[tuple[str, tuple[str, ...]], ...]
+"""Name of each unit's module, and the canonical names of what it shards; the first is the root, which may have none."""
+
+
+def units(model: Any, tensors: Iterable[str], names: list[str], fsdp_version: int) -> Units:
+    """The units that FSDP will have, by the rules of a wrap policy of classes.
+
+    Args:
+        model: before FSDP takes it.
+        tensors: canonical names of what FSDP shards.
+        names: of the modules that the policy takes, as `named_modules` has them.
+        fsdp_version: 1 or 2; accelerate gives the second more units than the policy names.
+    """
+    together = dict.fromkeys(names)
+    homes = {name: name for name in together}
+    for group in _carved(model, set(names)) if fsdp_version == 2 else ():
+        homes |= dict.fromkeys(group, group[0])
+    found: dict[str, list[str]] = {"": []}
+    slots = _slots(model)
+    for tensor in tensors:
+        nearest = {_nearest(name, homes) for name in slots.get(tensor, [tensor])}
+        # What several units name is in the root, or FSDP would own it twice.
+        home = nearest.pop() if len(nearest) == 1 else ""
+        found.setdefault(home, []).append(tensor)
+    return tuple((home, tuple(held)) for home, held in found.items())
+
+
+def _slots(model: Any) -> dict[str, list[str]]:
+    """All canonical names of each parameter, by each of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(inventory.canonical(name))
+    return {name: together for together in names.values() for name in together}
+
+
+def _nearest(name: str, homes: dict[str, str]) -> str:
+    within = max((module for module in homes if name.startswith(f"{module}.")), key=len, default="")
+    return homes.get(within, "")
+
+
+def _carved(model: Any, names: set[str]) -> Iterator[list[str]]:
+    """Modules that accelerate makes FSDP2 units of beside the policy's: the embeddings, and the last norm and head."""
+    from accelerate.utils import fsdp_utils
+
+    from trainer_fsdp_patch.preparing.units import parts
+
+    find_norm = getattr(fsdp_utils, "_find_final_norm", None)
+    if find_norm is None:
+        return
+    known = {id(module): inventory.canonical(name) for name, module in model.named_modules()}
+    parents = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    within = parts(model)
+    ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    before, after = ([item] for item in ends)
+    tail = [find_norm(model), *after]
+    if _tied(*ends):
+        before, tail = [], [*tail, *before]
+    for group in (before, tail):
+        able = [item for item in group if item is not None and id(item) in known and id(item) not in within]
+        # What is inside of a unit is taken already, and what has two parents cannot be in one of them.
+        taken = [item for item in able if any(f"{known[id(item)]}.".startswith(f"{name}.") for name in names)]
+        if able and not taken and all(parents[id(item)] == 1 for item in able):
+            yield [known[id(item)] for item in able]
+
+
+def _tied(first: Any, second: Any) -> bool:
+    """Whether two modules have a parameter in common; whatever peft has put around them is asked as well."""
+    inside = [set() if module is None else set(map(id, module.parameters())) for module in (first, second)]
+    return not inside[0].isdisjoint(inside[1])
+
+
+def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
+    """What the plan says that a rank takes.
+
+    `gathered` is what the largest unit needs with those around it, of which the root is always one. FSDP2 gathers the
+    next unit before it frees the last, so there it is what the largest two need; FSDP1 does so where it is asked to
+    prefetch. A unit with tied parameters stays gathered beside them. The bound is reached where the largest units
+    follow each other, and never passed. Bytes between steps are exact, up to the few by which FSDP1 aligns parameters
+    of odd sizes. Collectives are left to the comparison with stock: how often a unit is gathered in a step depends on
+    which of its inputs need a gradient.
+
+    Args:
+        plan: of the model.
+        ranks: that share one copy of the base.
+        prefetched: whether FSDP1 was asked to.
+
+    Returns:
+        Its `units` and `gathered` are None where units do not go by class: which modules a policy by size takes depends
+        on more than the plan knows.
+    """
+    from trainer_fsdp_patch.planning.planning import SHARD
+
+    parameters = [item for item in plan.placements if item.tensor.kind == "parameter"]
+    tensors = {item.tensor.name: item.tensor for item in parameters}
+    of_base = {name for name, tensor in tensors.items() if tensor.role in (BASE, QUANTIZED)}
+    inside = {item.tensor.name for item in parameters if item.placement == SHARD}
+    whole = {name: tensor.nbytes for name, tensor in tensors.items() if name not in inside}
+    rest = whole | {name: _share(plan, tensors[name], ranks, padded=True) for name in inside}
+    base = whole | {name: _share(plan, tensors[name], ranks, padded=False) for name in inside}
+    return Footprint(
+        ranks=ranks,
+        units=None if plan.units is None else sum(not of_base.isdisjoint(held) for _, held in plan.units),
+        rest=sum(rest.values()),
+        base=sum(size for name, size in base.items() if name in of_base),
+        whole=sum(size for name, size in whole.items() if name in of_base),
+        gathered=None if plan.units is None else _gathered(plan, plan.units, tensors, ranks, prefetched),
+    )
+
+
+def _share(plan: Plan, tensor: Tensor, ranks: int, *, padded: bool) -> int:
+    """Bytes of a rank's part of a sharded tensor: rows of it under FSDP2, which keeps as many on each rank."""
+    stored = _kept(plan, tensor)
+    elements = tensor.nbytes // _itemsize(tensor)
+    if plan.fsdp_version == 2:
+        return elements // _rows(tensor) * -(-_rows(tensor) // ranks) * stored
+    return -(-(_aligned(plan, tensor) if padded else elements) // ranks) * stored
+
+
+def _gathered(plan: Plan, cut: Units, tensors: dict[str, Tensor], ranks: int, prefetched: bool) -> int:
+    """The largest sum over one unit, or two, and those around them."""
+    sizes = {home: _unit(plan, [tensors[name] for name in held], ranks) for home, held in cut}
+    # What is tied is used first and last, and its unit stays gathered in between.
+    tied = {home for home, held in cut if any(len(tensors[name].names) > 1 for name in held)}
+    chains = [{home for home in sizes if not home or f"{last}.".startswith(f"{home}.")} | tied for last in sizes]
+    if plan.fsdp_version == 2 or prefetched:
+        chains = [first | second for first in chains for second in chains]
+    return max(sum(sizes[home] for home in chain) for chain in chains)
+
+
+def _unit(plan: Plan, tensors: list[Tensor], ranks: int) -> int:
+    """Bytes of a unit while it is gathered, in the dtype that it computes in."""
+    if plan.fsdp_version == 2:
+        rows = (-(-_rows(tensor) // ranks) * ranks * (tensor.nbytes // _rows(tensor)) for tensor in tensors)
+        return sum(
+            size // _itemsize(tensor) * _computed(plan, tensor) for size, tensor in zip(rows, tensors, strict=True)
+        )
+    elements = sum(_aligned(plan, tensor) for tensor in tensors)
+    return -(-elements // ranks) * ranks * max((_computed(plan, tensor) for tensor in tensors), default=0)
+
+
+def _aligned(plan: Plan, tensor: Tensor) -> int:
+    """Elements of a tensor in a flat parameter, with those that FSDP1 puts before the next one."""
+    step = max(1, _ALIGNED // _computed(plan, tensor))
+    return -(-(tensor.nbytes // _itemsize(tensor)) // step) * step
+
+
+def _rows(tensor: Tensor) -> int:
+    return max(1, tensor.shape[0]) if tensor.shape else 1
+
+
+def _itemsize(tensor: Tensor) -> int:
+    return SIZES.get(tensor.dtype, 1)
+
+
+def _kept(plan: Plan, tensor: Tensor) -> int:
+    """Bytes of an element between steps: accelerate keeps what trains in fp32 under mixed precision.
+
+    Under FSDP2 it leaves models with 4-bit weights as they are.
+    """
+    packed = any(item.tensor.role == QUANTIZED and item.tensor.shape[-1:] == (1,) for item in plan.placements)
+    upcast = tensor.trainable and plan.autocast is not None and not (packed and plan.fsdp_version == 2)
+    return max(4, _itemsize(tensor)) if upcast and tensor.dtype in SIZES else _itemsize(tensor)
+
+
+def _computed(plan: Plan, tensor: Tensor) -> int:
+    """Bytes of an element while it is gathered."""
+    return SIZES[plan.param_dtype] if plan.param_dtype and tensor.dtype in SIZES else _itemsize(tensor)

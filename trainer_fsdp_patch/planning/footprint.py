@@ -1,0 +1,315 @@
+"""What FSDP holds and gathers on a rank: units, parameter bytes between steps, and the most that is gathered at once.
+
+Numbers are exact and of no clock. They come from the storages that FSDP fills and frees, not from the states that it
+thinks it is in, and are read wherever the sum can rise: after each `unshard` (and, under FSDP2, after the wait that
+follows it) of each unit. Between two of these points storages are only freed, so that no peak is missed. Every way to a
+gathered parameter goes through these methods, in all releases from torch 2.2 on: forward, backward, prefetching, state
+dicts and `summon_full_params`. They are shadowed on the units of one model, and no class is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer_fsdp_patch.planning.inventory import BASE, QUANTIZED, Tensor, canonical
+from trainer_fsdp_patch.shadowing import shadowed
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a run takes of a rank, or is planned to take; None is for what nobody knows.
+
+    Attributes:
+        ranks: that share one copy of the base.
+        units: those of FSDP that hold parameters of the base; one for each adapter matrix is no merit.
+        rest: bytes of all parameters between steps: whole ones, padded shards and what is still gathered then.
+        base: of these, the bytes of the base's parameters; under FSDP1 without padding.
+        whole: of these, the bytes of parameters that are in no unit, which every rank has.
+        gathered: the largest number of bytes that units had gathered at once, as FSDP stores them, padding included.
+        collectives: in a step, the largest number.
+    """
+
+    ranks: int
+    units: int | None
+    rest: int
+    base: int
+    whole: int
+    gathered: int | None
+    collectives: int | None = None
+
+    def together(self, other: Footprint) -> Footprint:
+        """The larger of each number, of two steps."""
+        larger = {name: max(value, vars(other)[name]) for name, value in vars(self).items() if value is not None}
+        return dataclasses.replace(other, **larger)
+
+    @property
+    def sharded(self) -> int:
+        """Bytes of a rank's part of the base that FSDP holds."""
+        return self.base - self.whole
+
+
+_SAID = {
+    "units": "FSDP units hold the base",
+    "gathered": "bytes of parameters are gathered at once",
+    "rest": "bytes of parameters are held between steps",
+    "base": "bytes of the base are held between steps",
+    "whole": "bytes of the base are whole on each rank",
+    "sharded": "bytes of the base are held in shards",
+    "collectives": "collectives are in a step",
+}
+
+
+def fault(ours: Footprint, planned: Footprint | None, stock: Footprint | None) -> str:
+    """What a patched run takes beyond its plan, or beyond stock, in one sentence; "" where it is nothing.
+
+    Of what lies on a rank between steps, stock is compared with the shards of the base alone. That an adapter,
+    projections and packed weights are replicated is the plan's own, for the reasons that it gives; so they are compared
+    with the plan. Gathered bytes are compared in all: what is replicated is gathered nowhere. It is in no unit either:
+    where layers share their weights, which are replicated then, the plan alone says how many units there are.
+
+    Args:
+        ours: of the patched run.
+        planned: by its plan.
+        stock: of the same run without patches, where that came as far as a step.
+    """
+    for other, whose, names in (
+        (planned, "the plan says", ("units", "gathered", "whole", "base", "rest")),
+        (stock, "stock has", ("units", "gathered", "sharded", "collectives")),
+    ):
+        for name in names if other is not None else ():
+            if name == "units" and other is stock and ours.whole:
+                continue
+            found, wanted = getattr(ours, name), getattr(other, name)
+            if found is None or wanted is None or found == wanted or (found < wanted) != (name == "units"):
+                continue
+            return f"{found} {_SAID[name]}, {whose} {wanted}"
+    return ""
+
+
+class Unit:
+    """One flat parameter of FSDP1, or one group of FSDP2.
+
+    Attributes:
+        owner: FSDP's object for it.
+        elements: number of elements of each parameter, by its first canonical name.
+        names: all of its names in the module that FSDP took it from, by the first.
+        aliases: names in other modules, of all parameters.
+    """
+
+    points: tuple[str, ...] = ("unshard",)
+
+    def __init__(self, owner: Any, elements: dict[str, int], names: dict[str, set[str]], aliases: set[str]) -> None:
+        self.owner, self.elements, self.names, self.aliases = owner, elements, names, aliases
+
+    def of(self, names: set[str]) -> list[str]:
+        """First names of those parameters that have one of these names."""
+        return [first for first, own in self.names.items() if not own.isdisjoint(names)]
+
+    @property
+    def ranks(self) -> int:
+        """How many share one copy of it."""
+        raise NotImplementedError
+
+    def shards(self) -> dict[str, int]:
+        """Bytes of this rank's part of each parameter."""
+        raise NotImplementedError
+
+    def held(self) -> int:
+        """Bytes of all of these, with FSDP's padding."""
+        return sum(self.shards().values())
+
+    def gathered(self) -> int:
+        """Bytes of what is gathered now."""
+        raise NotImplementedError
+
+
+class FlatUnit(Unit):
+    """FSDP1's: `owner` is a FlatParamHandle."""
+
+    @property
+    def ranks(self) -> int:
+        return int(self.owner.world_size) if self.owner.uses_sharded_strategy else 1
+
+    def shards(self) -> dict[str, int]:
+        # A rank holds one slice of them all; an even share of each is what does not depend on their order.
+        size = self.owner.flat_param.element_size()
+        return {name: -(-count // self.ranks) * size for name, count in self.elements.items()}
+
+    def held(self) -> int:
+        return _stored(getattr(self.owner.flat_param, "_local_shard", self.owner.flat_param))
+
+    def gathered(self) -> int:
+        flat = self.owner.flat_param
+        if not self.owner.uses_sharded_strategy:
+            return 0
+        names = ("_full_param_padded", "_full_prec_full_param_padded")
+        return sum(_stored(getattr(flat, name)) for name in names if hasattr(flat, name))
+
+
+class GroupUnit(Unit):
+    """FSDP2's: `owner` is an FSDPParamGroup."""
+
+    points = ("unshard", "wait_for_unshard")
+
+    @property
+    def ranks(self) -> int:
+        return int(getattr(self.owner.mesh_info, "shard_mesh_size", 1))
+
+    def shards(self) -> dict[str, int]:
+        found = (_stored(item._sharded_param_data) for item in self.owner.fsdp_params)
+        return dict(zip(self.elements, found, strict=True))
+
+    def gathered(self) -> int:
+        # A unit that is asked for counts from then on. While it is copied out of the buffer it exists twice for a
+        # moment, which is the same for every unit and counts once.
+        pending = getattr(self.owner, "_all_gather_result", None)
+        arriving = _stored(pending.all_gather_output) if pending is not None else 0
+        outputs = [tensor for item in self.owner.fsdp_params for tensor in item.all_gather_outputs]
+        return max(arriving, sum(map(_stored, outputs)))
+
+
+def _stored(tensor: Any) -> int:
+    return int(tensor.untyped_storage().nbytes()) if not tensor.is_meta else 0
+
+
+def units(model: Any) -> list[Unit]:
+    """FSDP's units of a wrapped model that have parameters, those of several modules once.
+
+    Args:
+        model: wrapped; a bare one has none.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(canonical(name))
+    found: dict[int, Unit] = {}
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel) and getattr(module, "_handle", None) is not None:
+            found[id(module._handle)] = _flat(module._handle, names)
+        for group in groups(module):
+            found[id(group)] = _group(group, names)
+    return list(found.values())
+
+
+def groups(module: Any) -> list[Any]:
+    """FSDP2's groups of a module, of which torch before 2.12 has one."""
+    if not hasattr(module, "_get_fsdp_state"):
+        return []
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [group for group in (groups if groups is not None else [state._fsdp_param_group]) if group is not None]
+
+
+def _flat(handle: Any, names: dict[int, list[str]]) -> Unit:
+    flat = handle.flat_param
+    own = [_join(names, info.module, info.param_name) for info in flat._param_infos]
+    others = [_join(names, info.module, info.param_name) for info in flat._shared_param_infos]
+    # The list of numbers of elements has FSDP's padding in it, that of shapes has not.
+    return _unit(FlatUnit, handle, own, others, [int(shape.numel()) for shape in flat._shapes])
+
+
+def _group(group: Any, names: dict[int, list[str]]) -> Unit:
+    infos = [item._module_info for item in group.fsdp_params]
+    own = [_join(names, info.module, info.param_name) for info in infos]
+    others = [
+        _join(names, module, name)
+        for info in infos
+        for module, name in zip(info.shared_modules, info.shared_param_names, strict=True)
+    ]
+    return _unit(GroupUnit, group, own, others, [int(item._orig_size.numel()) for item in group.fsdp_params])
+
+
+def _unit(kind: type[Unit], owner: Any, own: list[list[str]], others: list[list[str]], counts: list[int]) -> Unit:
+    """A unit from all names of each parameter: a module may be a child of several others."""
+    elements = {together[0]: count for together, count in zip(own, counts, strict=True)}
+    return kind(owner, elements, {together[0]: set(together) for together in own}, {n for some in others for n in some})
+
+
+def _join(names: dict[int, list[str]], module: Any, key: str) -> list[str]:
+    return [f"{name}.{key}".lstrip(".") for name in names.get(id(module), [""])]
+
+
+@dataclass
+class Watch:
+    """Counts a model's gathered bytes from `watching` on.
+
+    Attributes:
+        model: wrapped by FSDP.
+        tensors: the model's inventory from before it was wrapped, which knows the base's parameters by name.
+        peak: the largest sum so far.
+    """
+
+    model: Any
+    tensors: Iterable[Tensor]
+    peak: int = 0
+    units: list[Unit] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        of_base = [item for item in self.tensors if item.role in (BASE, QUANTIZED) and item.kind == "parameter"]
+        self.base = {name for item in of_base for name in item.names}
+        self.units = units(self.model)
+
+    def sample(self) -> int:
+        """Bytes that are gathered now; the peak is kept."""
+        now = sum(unit.gathered() for unit in self.units)
+        self.peak = max(self.peak, now)
+        return now
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around steps."""
+        with contextlib.ExitStack() as stack:
+            for unit in self.units:
+                replaced = {name: self._sampled(getattr(unit.owner, name)) for name in unit.points}
+                stack.enter_context(shadowed(unit.owner, **replaced))
+            self.sample()
+            yield
+
+    def _sampled(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
+        def sampled(*args: Any, **kwargs: Any) -> Any:
+            result = upstream(*args, **kwargs)
+            self.sample()
+            return result
+
+        return sampled
+
+    def whole(self) -> dict[str, int]:
+        """Bytes of each parameter outside of units, by canonical name."""
+        from trainer_fsdp_patch.planning.inventory import dtensor, nbytes_of
+
+        inside = {name for unit in self.units for name in unit.aliases.union(*unit.names.values())}
+        flat = {id(getattr(unit.owner, "flat_param", None)) for unit in self.units}
+        held = {}
+        for name, parameter in self.model.named_parameters():
+            if canonical(name) not in inside and id(parameter) not in flat:
+                local = parameter.to_local() if isinstance(parameter, dtensor()) else parameter
+                held[canonical(name)] = nbytes_of(local)
+        return held
+
+    def footprint(self, collectives: int | None = None, before: Footprint | None = None) -> Footprint | None:
+        """What has been seen, between steps; None where FSDP has no unit of the model.
+
+        Args:
+            collectives: of the last step.
+            before: what was seen in the steps before, of which the larger numbers stay.
+        """
+        if not self.units:
+            return None
+        left, whole = self.sample(), self.whole()
+        parts = [(unit.shards(), unit.of(self.base)) for unit in self.units]
+        of_base = sum(size for name, size in whole.items() if name in self.base)
+        now = Footprint(
+            ranks=self.units[0].ranks,
+            units=sum(bool(of_unit) for _, of_unit in parts),
+            rest=left + sum(whole.values()) + sum(unit.held() for unit in self.units),
+            base=left + of_base + sum(shards[name] for shards, of_unit in parts for name in of_unit),
+            whole=of_base,
+            gathered=self.peak,
+            collectives=collectives,
+        )
+        return now if before is None else before.together(now)

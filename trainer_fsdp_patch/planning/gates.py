@@ -1,0 +1,131 @@
+"""Which calls of a wrapped function are ours: those of a run under FSDP whose model was planned.
+
+Each patch names one of these; every other call goes upstream as it came, arguments included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch.patching.wrapping import Gate
+from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.planning.prepared import any_prepared, none_prepared, prepared_by, prepared_for, prepared_with
+from trainer_fsdp_patch.resuming import latest
+
+
+class Planned:
+    """A gate that is shut while this process has no planned model, whatever the call.
+
+    Args:
+        gate: asked where there is one.
+    """
+
+    shut = staticmethod(none_prepared)
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __call__(self, instance: Any, arguments: dict[str, Any]) -> bool:
+        return self._gate(instance, arguments)
+
+
+def model(name: str = "model") -> Gate:
+    """A planned model, wrapped or not, is the argument of that name.
+
+    Args:
+        name: of the argument.
+    """
+    return Planned(lambda instance, arguments: prepared_for(arguments.get(name)) is not None)
+
+
+def part(name: str = "model") -> Gate:
+    """The argument of that name is a planned model or a module inside one.
+
+    Args:
+        name: of the argument.
+    """
+    return Planned(lambda instance, arguments: prepared_with(arguments.get(name)) is not None)
+
+
+def around(name: str = "module") -> Gate:
+    """The argument of that name is a planned model, a module inside one, or a module that has one inside.
+
+    Args:
+        name: of the argument.
+    """
+
+    def gate(instance: Any, arguments: dict[str, Any]) -> bool:
+        found: Any = arguments.get(name)
+        if not inventory.is_module(found):
+            return False
+        return prepared_with(found) is not None or any(prepared_for(item) is not None for item in found.modules())
+
+    return Planned(gate)
+
+
+@Planned
+def instance_planned(instance: Any, arguments: dict[str, Any]) -> bool:
+    """The method is of a planned model."""
+    return prepared_for(instance) is not None
+
+
+@Planned
+def instance_inside(instance: Any, arguments: dict[str, Any]) -> bool:
+    """The method is of a planned model or of a module inside one."""
+    return prepared_with(instance) is not None
+
+
+@Planned
+def trainer(instance: Any, arguments: dict[str, Any]) -> bool:
+    """The method is of a Trainer whose model was planned."""
+    return prepared_by(instance) is not None
+
+
+def fsdp_trainer(instance: Any, arguments: dict[str, Any]) -> bool:
+    """The method is of a Trainer that runs under FSDP, or whose base transformers has sharded, with an adapter.
+
+    The model is the argument `model` where there is one, else the Trainer's.
+    """
+    found = arguments["model"] if "model" in arguments else getattr(instance, "model", None)
+    if not inventory.is_module(found):
+        return False
+    under = getattr(instance, "is_fsdp_enabled", False) is True or inventory.is_native(found)
+    return under and (prepared_for(found) is not None or inventory.has_adapter(found))
+
+
+def resumes_from_the_last(instance: Any, arguments: dict[str, Any]) -> bool:
+    """Such a Trainer is asked to resume from its last checkpoint, whichever that is."""
+    return arguments.get("resume_from_checkpoint") is True and fsdp_trainer(instance, {})
+
+
+def resuming(instance: Any, arguments: dict[str, Any]) -> bool:
+    """Such a Trainer is looking for its last checkpoint."""
+    return latest.SEARCHING.get() is not None
+
+
+def finds_batch_size(instance: Any, arguments: dict[str, Any]) -> bool:
+    """Such a Trainer looks for a batch size that fits into memory."""
+    asked = getattr(getattr(instance, "args", None), "auto_find_batch_size", False) is True
+    return asked and fsdp_trainer(instance, {})
+
+
+@Planned
+def accelerator(instance: Any, arguments: dict[str, Any]) -> bool:
+    """The method is of an Accelerator that has prepared a planned model."""
+    held = getattr(instance, "_models", None)
+    return isinstance(held, list) and any(prepared_for(item) is not None for item in held)
+
+
+def saved_model(instance: Any, arguments: dict[str, Any]) -> bool:
+    """The method is of an Accelerator, and `model` is planned, or has an adapter that FSDP is yet to wrap."""
+    found = arguments.get("model")
+    if prepared_for(found) is not None:
+        return True
+    plugin = getattr(getattr(instance, "state", None), "fsdp_plugin", None)
+    return plugin is not None and inventory.is_module(found) and inventory.is_unwrapped_adapter(found)
+
+
+@Planned
+def any_model(instance: Any, arguments: dict[str, Any]) -> bool:
+    """This process has a planned model."""
+    return any_prepared()

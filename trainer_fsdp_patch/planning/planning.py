@@ -1,0 +1,346 @@
+"""From the inventory of a model and the settings of FSDP to a plan: pure data, no side effect."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from trainer_fsdp_patch.errors import PlanError, message
+from trainer_fsdp_patch.planning import budget, expecting, inventory
+from trainer_fsdp_patch.planning.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, Tensor
+
+SHARD, REPLICATE = "shard", "replicate"
+_AMP = {"no": None, "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one tensor goes, and why. `placement` is shard (FSDP owns it) or replicate."""
+
+    tensor: Tensor
+    placement: str
+    reason: str
+
+    @property
+    def set_aside(self) -> bool:
+        """Whether the tensor has to be kept out of FSDP's hands; base buffers that no state dict has are left to it."""
+        buffer = self.tensor.role == BASE and self.tensor.kind == "buffer"
+        return self.placement == REPLICATE and not (buffer and not self.tensor.persistent)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is sharded and what replicated.
+
+    Attributes:
+        fsdp_version: 1 or 2.
+        placements: one for each tensor of the model.
+        use_orig_params: what FSDP1 is to use, or None under FSDP2, which always keeps them.
+        param_dtype: dtype in which FSDP computes and communicates units, as a name, or None for the stored one.
+        autocast: dtype of the autocast around the forward, as a name, or None.
+        reasons: one sentence for each flag that differs from what was asked, and one for trainable tensors that are
+            sharded.
+        units: the expected units of FSDP and what each shards, the root first; None where they do not go by class.
+    """
+
+    fsdp_version: int
+    placements: tuple[Placement, ...]
+    use_orig_params: bool | None
+    param_dtype: str | None
+    autocast: str | None
+    reasons: tuple[str, ...]
+    units: expecting.Units | None = None
+
+    @property
+    def set_aside(self) -> tuple[Placement, ...]:
+        """What is kept out of FSDP."""
+        return tuple(placement for placement in self.placements if placement.set_aside)
+
+    @property
+    def sharded(self) -> tuple[Placement, ...]:
+        """What is trained and sharded."""
+        return tuple(item for item in self.placements if item.tensor.role == ADAPTER and item.placement == SHARD)
+
+    def nbytes(self, placement: str, role: str | None = None) -> int:
+        """Bytes of all tensors with a placement and, where given, a role; each rank holds the replicated ones whole."""
+        return sum(
+            item.tensor.nbytes
+            for item in self.placements
+            if item.placement == placement and role in (None, item.tensor.role)
+        )
+
+    def costs(self) -> list[str]:
+        """For each reason to keep base parameters whole, the MiB that this costs each rank."""
+        costs: Counter[str] = Counter()
+        for item in self.placements:
+            if (
+                item.placement == REPLICATE
+                and item.tensor.role in (BASE, QUANTIZED)
+                and item.tensor.kind == "parameter"
+            ):
+                costs[item.reason] += item.tensor.nbytes
+        return [f"{size / 2**20:.1f} MiB of the base whole on each rank: {why}" for why, size in costs.most_common()]
+
+    def summary(self) -> str:
+        """One line: how many tensors and MiB are sharded and replicated, by role."""
+        parts = []
+        for placement in (SHARD, REPLICATE):
+            kept = [item for item in self.placements if item.placement == placement]
+            roles = Counter(item.tensor.role for item in kept)
+            detail = ", ".join(f"{count} {role}" for role, count in sorted(roles.items()))
+            parts.append(f"{placement} {self.nbytes(placement) / 2**20:.1f} MiB ({detail or 'nothing'})")
+        return "; ".join(parts)
+
+
+def make_plan(
+    model: Any,
+    *,
+    fsdp_version: int = 2,
+    mixed_precision: str = "no",
+    use_orig_params: bool | None = None,
+    ignored_modules: str | Iterable[Any] | None = None,
+    param_dtype: str | None = None,
+    units: Iterable[str] | None = None,
+    adapter_placement: str | None = None,
+    adapter_budget: int | None = None,
+    ranks: int = 1,
+    unsharded: str = "",
+) -> Plan:
+    """Plan for one model; the model is read and not changed.
+
+    Args:
+        model: `torch.nn.Module` with a PEFT adapter; meta tensors will do.
+        fsdp_version: 1 or 2.
+        mixed_precision: "no", "bf16", "fp16" or "fp8", as accelerate has it.
+        use_orig_params: FSDP1's flag; None is True.
+        ignored_modules: the user's own, modules or a regular expression of their full names.
+        param_dtype: the user's own dtype for units, such as "bfloat16"; None is what mixed_precision gives.
+        units: class names of the modules that become FSDP units; None is the model's `_no_split_modules`.
+        adapter_placement: "auto", "replicate" or "shard", for trainable tensors; None is what `patch()` was given.
+        adapter_budget: bytes that a replicated adapter may cost each rank under "auto", with its gradients and its
+            optimizer state; None is what `patch()` was given.
+        ranks: over which FSDP shards.
+        unsharded: why no trainable tensor may be sharded, or "".
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: a setting is unknown or contradicts the model.
+    """
+    amp = _known("mixed_precision", mixed_precision, _AMP)
+    _known("fsdp_version", fsdp_version, {1: None, 2: None})
+    tensors = inventory.take(model)
+    users = user_ignored(model, ignored_modules)
+    roots = _roots(model, units)
+    odd = odd_dtypes(tensors, roots) if fsdp_version == 1 else {}
+    odd |= shared_by_units(tensors, roots)
+    asked = budget.Settings(
+        adapter_placement or budget.settings.adapter_placement,
+        budget.settings.adapter_budget if adapter_budget is None else adapter_budget,
+    )
+    budget.check(asked.adapter_placement, asked.adapter_budget)
+    barred = budget.barred(tensors, fsdp_version, _homes(model, roots), inventory.copies(model))
+    barred |= dict.fromkeys(users, "it is ignored")
+    if fsdp_version == 1 and use_orig_params is False:
+        barred |= dict.fromkeys((tensor.name for tensor in tensors), "use_orig_params=False hides its name")
+    if unsharded:
+        barred |= dict.fromkeys((tensor.name for tensor in tensors), unsharded)
+    large, said = budget.sharded(tensors, barred, asked, ranks)
+    placements = tuple(_place(tensor, users, odd | large, fsdp_version) for tensor in tensors)
+    if not any(item.placement == SHARD for item in placements):
+        raise PlanError(
+            message(
+                "ignored_modules" if users else "fsdp",
+                "no parameter of the model is left to shard",
+                "FSDP has nothing to do",
+                "Ignore fewer modules, or train without FSDP",
+            ),
+            setting="ignored_modules" if users else "fsdp",
+        )
+    compute, reasons = _param_dtype(placements, amp, param_dtype)
+    flag = _orig_params(fsdp_version, use_orig_params)
+    parameters = [item for item in placements if item.tensor.kind == "parameter"]
+    held = [item.tensor.name for item in parameters if item.placement == SHARD]
+    cut = expecting.units(model, held, roots, fsdp_version) if roots else None
+    return Plan(fsdp_version, placements, flag, compute, amp, (*reasons, *said), cut)
+
+
+def _known(setting: str, found: Any, supported: dict[Any, Any]) -> Any:
+    if found not in supported:
+        text = message(setting, repr(found), "No plan was made", f"Use one of {', '.join(map(repr, supported))}")
+        raise PlanError(text, setting=setting)
+    return supported[found]
+
+
+def _orig_params(fsdp_version: int, asked: bool | None) -> bool | None:
+    """No unit mixes trainable and frozen parameters, so both values of the flag are right."""
+    if fsdp_version == 1:
+        return True if asked is None else asked
+    return None
+
+
+def _place(tensor: Tensor, users: set[str], odd: dict[str, str], fsdp_version: int) -> Placement:
+    if tensor.role == ADAPTER and tensor.name in odd:
+        return Placement(tensor, SHARD, odd[tensor.name])
+    if tensor.role == ADAPTER:
+        return Placement(tensor, REPLICATE, "trainable: whole on every rank, its gradient averaged once per step")
+    if tensor.role == PROJECTION:
+        return Placement(tensor, REPLICATE, "frozen and owned by the adapter: whole on every rank, bit for bit")
+    if tensor.kind == "buffer" and tensor.role == BASE:
+        return Placement(tensor, REPLICATE, "buffer: FSDP never shards buffers")
+    if tensor.name in users:
+        return Placement(tensor, REPLICATE, "in the user's ignored_modules")
+    if tensor.role == QUANTIZED and not shardable(tensor):
+        return Placement(tensor, REPLICATE, f"stored as {tensor.dtype} in a quantized layer, which FSDP cannot shard")
+    if tensor.name in odd:
+        return Placement(tensor, REPLICATE, odd[tensor.name])
+    return Placement(tensor, SHARD, f"frozen base weight: sharded by FSDP{fsdp_version}")
+
+
+def shardable(tensor: Tensor) -> bool:
+    """Whether a tensor of a quantized layer can go into a unit: the float-stored ones can."""
+    return tensor.dtype in ("float32", "bfloat16", "float16")
+
+
+def user_ignored(model: Any, ignored: str | Iterable[Any] | None) -> set[str]:
+    """Canonical names of the parameters in the user's ignored modules.
+
+    Raises:
+        PlanError: an entry is no module of this model, or the expression is broken or matches nothing.
+    """
+    if ignored is None:
+        return set()
+    modules = {inventory.canonical(name): module for name, module in model.named_modules()}
+    if isinstance(ignored, str):
+        chosen = _matching(modules, ignored)
+    else:
+        chosen = modules_only(ignored)
+        inside = {id(module) for module in modules.values()}
+        strangers = [module for module in chosen if id(module) not in inside]
+        if strangers:
+            _refuse_ignored(f"{type(strangers[0]).__name__} is no module of the model that is trained")
+    wanted = {id(parameter) for module in chosen for parameter in module.parameters()}
+    return {name for name, _, _, _, tensor, _ in inventory.named_tensors(model) if id(tensor) in wanted}
+
+
+def _matching(modules: dict[str, Any], text: str) -> list[Any]:
+    chosen = [module for name, module in modules.items() if expression(text).fullmatch(name)]
+    if not chosen:
+        _refuse_ignored(f"{text!r} matches the full name of no module")
+    return chosen
+
+
+def expression(text: str) -> re.Pattern[str]:
+    """The user's regular expression of module names.
+
+    Raises:
+        PlanError: it is none.
+    """
+    try:
+        return re.compile(text)
+    except re.error as error:
+        _refuse_ignored(f"{text!r} is no regular expression ({error})")
+
+
+def modules_only(ignored: Iterable[Any]) -> list[Any]:
+    """The user's ignored modules as a list.
+
+    Raises:
+        PlanError: an entry is something else than a module.
+    """
+    from torch import nn
+
+    ignored = list(ignored)
+    for entry in ignored:
+        if not isinstance(entry, nn.Module):
+            _refuse_ignored(f"{entry!r} is a {type(entry).__name__} and no module")
+    return ignored
+
+
+def _refuse_ignored(found: str) -> NoReturn:
+    raise PlanError(
+        message(
+            "ignored_modules",
+            found,
+            "FSDP would shard what was to be ignored",
+            "Give modules of the model after the adapter was added, or an expression of their full names",
+        ),
+        setting="ignored_modules",
+    )
+
+
+def _roots(model: Any, units: Iterable[str] | None) -> list[str]:
+    """Names of the modules that become FSDP units, the root aside; nested ones are listed too."""
+    classes = set(units if units is not None else getattr(model, "_no_split_modules", None) or ())
+    return [inventory.canonical(name) for name, module in model.named_modules() if type(module).__name__ in classes]
+
+
+def _unit(name: str, roots: list[str]) -> str:
+    return max((root for root in roots if name.startswith(f"{root}.")), key=len, default="")
+
+
+def _homes(model: Any, roots: list[str]) -> dict[str, set[str]]:
+    """The units that each parameter is reached in, by each of its names; a module may be a child of several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(inventory.canonical(name))
+    return {name: {_unit(other, roots) for other in together} for together in names.values() for name in together}
+
+
+def shared_by_units(tensors: list[Tensor], roots: list[str]) -> dict[str, str]:
+    """Frozen parameters that several FSDP units share, as LoRA's layer_replication has them, with the reason."""
+    shared = {}
+    for tensor in tensors:
+        found = sorted({_unit(name, roots) for name in tensor.names})
+        if len(found) > 1 and tensor.kind == "parameter" and tensor.role != ADAPTER:
+            shared[tensor.name] = f"shared by {len(found)} units, such as {found[0] or 'the root'} and {found[1]}"
+    return shared
+
+
+def odd_dtypes(tensors: list[Tensor], roots: list[str]) -> dict[str, str]:
+    """Frozen parameters whose dtype is not the prevailing one of their FSDP1 unit, with the reason.
+
+    FSDP1 flattens a unit into one tensor, so it takes one dtype only; the smaller part stays whole.
+    """
+    groups: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.kind == "parameter" and tensor.role in (BASE, QUANTIZED) and shardable(tensor):
+            groups.setdefault(_unit(tensor.name, roots), []).append(tensor)
+    odd = {}
+    for unit, members in groups.items():
+        sizes: Counter[str] = Counter()
+        for tensor in members:
+            sizes[tensor.dtype] += tensor.nbytes
+        main = sizes.most_common(1)[0][0]
+        for tensor in members:
+            if tensor.dtype != main:
+                odd[tensor.name] = f"{tensor.dtype} in the {main} unit {unit or 'at the root'}; FSDP1 takes one dtype"
+    return odd
+
+
+def _param_dtype(
+    placements: tuple[Placement, ...], amp: str | None, asked: str | None
+) -> tuple[str | None, tuple[str, ...]]:
+    """Dtype of units: packed weights must not be cast, so their storage dtype decides."""
+    packed = [item.tensor for item in placements if item.tensor.role == QUANTIZED and item.placement == SHARD]
+    packed = [tensor for tensor in packed if len(tensor.shape) == 2 and tensor.shape[-1] == 1]
+    stored = sorted({tensor.dtype for tensor in packed})
+    wanted = asked or amp
+    if not stored or wanted is None or stored == [wanted]:
+        return wanted, ()
+    if len(stored) > 1 or asked is not None:
+        raise PlanError(
+            message(
+                "mixed_precision_policy.param_dtype" if asked else "bnb_4bit_quant_storage",
+                f"{wanted} is asked for while {packed[0].name} packs its weights into {' and '.join(stored)}",
+                "The cast would change the packed bytes",
+                f"Use {stored[0]} for both",
+            ),
+            setting="mixed_precision_policy" if asked else "bnb_4bit_quant_storage",
+        )
+    reason = f"param_dtype is {stored[0]}, not {wanted}: {packed[0].name} packs its weights into {stored[0]}"
+    return stored[0], (reason,)

@@ -1,0 +1,1 @@
+"""What happens to a planned model until FSDP has wrapped it."""

@@ -1,0 +1,352 @@
+"""Applies a plan to a model in the Trainer's hands, and keeps what later steps need to know of it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
+from typing import Any
+
+from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.errors import AdapterError, PlanError, message
+from trainer_fsdp_patch.planning import budget, elementwise, inventory, planning
+from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_by, prepared_for
+from trainer_fsdp_patch.preparing import base_weights, later
+from trainer_fsdp_patch.preparing import plugin as plugins
+from trainer_fsdp_patch.saving import checkpoint
+
+logger = logging.getLogger("trainer_fsdp_patch")
+
+_LOCAL = {"auto_mapping", "base_model_name_or_path", "revision"}
+"""Entries of an adapter's configuration that may differ between machines."""
+
+
+def prepare(trainer: Any, model: Any, *, training: bool = False) -> Prepared | None:
+    """Plan and apply, once for each model, before accelerate wraps it.
+
+    Args:
+        trainer: a Trainer under FSDP, or one whose base transformers has sharded.
+        model: the model that accelerate is about to prepare, with an adapter.
+        training: whether it is about to be trained, maybe again, with adapters that came since.
+
+    Returns:
+        The prepared model's record, or None where the patches stand back.
+
+    Raises:
+        PlanError: the model is wrapped already, or a setting contradicts the plan.
+        AdapterError: the ranks do not hold the same adapter.
+    """
+    native = not trainer.is_fsdp_enabled
+    accelerator = trainer.accelerator
+    prepared = prepared_for(model)
+    if prepared is not None and model is not prepared.model() and model not in accelerator._models:
+        # train() forgets what an evaluation has prepared, and gradients are averaged for what is known.
+        accelerator._models.append(model)
+    if prepared is not None:
+        if training:
+            later.take_up(prepared, accelerator.device)
+        return prepared
+    if native:
+        why = "transformers has sharded the base, and shards no adapter"
+        plan = planning.make_plan(model, mixed_precision=accelerator.mixed_precision, unsharded=why)
+        return settle(accelerator, Prepared(model, plan, [None], native=True))
+    refuse_wrapped(model)
+    plugin = accelerator.state.fsdp_plugin
+    plugins.warn_of_flag(plugin, trainer.args.fsdp_config or {})
+    explicit = plugins.explicit_policy(accelerator, plugin)
+    why = elementwise.why_not(trainer, plugins.version_of(plugin), budget.settings.adapter_placement)
+    plan = plugins.plan_for(model, accelerator, plugin, explicit, why)
+    prepared = settle(accelerator, Prepared(model, plan, data_parallel_groups(accelerator)))
+    plugins.set_flags(prepared, plugin, explicit)
+    separate(trainer)
+    return prepared
+
+
+def separate(trainer: Any) -> None:
+    """Step sharded and whole parameters in groups of their own, where FSDP2 is about to shard some.
+
+    Args:
+        trainer: whose optimizer may be made already; nothing happens where it is not, or where nothing is sharded.
+    """
+    prepared = prepared_by(trainer)
+    if prepared is None or trainer.optimizer is None or not prepared.sharded or prepared.plan.fsdp_version == 1:
+        return
+    parameters = {
+        inventory.canonical(name): item for name, item in trainer.model.named_parameters(remove_duplicate=False)
+    }
+    budget.separate(trainer.optimizer, [parameters[name] for name in prepared.sharded])
+
+
+def settle(accelerator: Any, prepared: Prepared) -> Prepared:
+    """Have all ranks hold the same adapter, and keep the record.
+
+    Raises:
+        AdapterError: the ranks do not hold the same adapter.
+    """
+    with sync.told():
+        return _settle(accelerator, prepared)
+
+
+def _settle(accelerator: Any, prepared: Prepared) -> Prepared:
+    model, plan = prepared.model(), prepared.plan
+    agree(prepared)
+    base_weights.synchronize(prepared, accelerator)
+    checkpoint.expect(model, prepared)
+    place(prepared, accelerator.device)
+    prepared.watch(accelerator)
+    keep(model, prepared)
+    if accelerator.is_main_process:
+        logger.info("FSDP%d: %s.", plan.fsdp_version, plan.summary())
+        for reason in (*plan.reasons, *plan.costs()):
+            logger.info("FSDP%d: %s.", plan.fsdp_version, reason)
+    return prepared
+
+
+def refuse_wrapped(model: Any) -> None:
+    """Refuse a model that FSDP wrapped before we could plan.
+
+    Raises:
+        PlanError: its adapter is already inside FSDP's units.
+    """
+    version = inventory.fsdp_version(model)
+    if version:
+        raise PlanError(
+            message(
+                type(model).__name__,
+                f"already wrapped by FSDP{version} when the Trainer prepares it",
+                "Its adapter is inside the units and cannot be taken out",
+                "Give the Trainer the bare model and call trainer_fsdp_patch.patch() before training starts",
+            ),
+            setting="model",
+        )
+
+
+def data_parallel_groups(accelerator: Any) -> list[Any]:
+    """Process groups over which gradients are averaged, one for each dimension that FSDP works on.
+
+    Raises:
+        PlanError: tensor parallelism splits the adapter itself.
+    """
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    if parallelism is None or mesh is None:
+        return [None]
+    if getattr(parallelism, "tp_enabled", False):
+        raise PlanError(
+            message(
+                "parallelism_config.tp_size",
+                f"{parallelism.tp_size} beside FSDP",
+                "A replicated adapter next to tensor-parallel layers is not supported",
+                "Use tp_size=1, or switch the patches off",
+            ),
+            setting="parallelism_config",
+        )
+    return [mesh[name].get_group() for name in parallelism.fsdp_dim_names]
+
+
+def agree(prepared: Prepared) -> None:
+    """Compare the adapter's make-up across ranks before a tensor is moved.
+
+    Raises:
+        AdapterError: on all ranks, naming the first tensor or setting that differs.
+    """
+    items: list[tuple[str, Any]] = []
+    for adapter, config in getattr(prepared.model(), "peft_config", {}).items():
+        values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+        items += [(f"peft_config[{adapter!r}].{key}", _plain(values[key])) for key in sorted({*values} - _LOCAL)]
+    tensors = [item.tensor for item in (*prepared.plan.set_aside, *prepared.plan.sharded)]
+    items += [(tensor.name, (tensor.shape, tensor.dtype, tensor.role)) for tensor in tensors]
+    found = sync.first_difference(dict(items), "comparison of the adapter's make-up")
+    if found is not None:
+        name, rank, here, there = found
+        raise AdapterError(
+            message(
+                name,
+                f"{here} on rank 0 and {there} on rank {rank}",
+                "One adapter cannot be trained from different ones",
+                "Give every rank the same adapter configuration",
+            ),
+            tensor=name,
+        )
+
+
+def _plain(value: Any) -> str:
+    """Text that is the same in every process, whatever the order of sets and the address of objects."""
+    return json.dumps(
+        value,
+        sort_keys=True,
+        default=lambda other: sorted(map(str, other)) if isinstance(other, (set, frozenset)) else type(other).__name__,
+    )
+
+
+def place(prepared: Prepared, device: Any) -> None:
+    """Move what is set aside to the device and give every rank rank 0's bits, objects unchanged.
+
+    Quantized layers are moved with their module, which keeps their quantization state, and are not
+    broadcast: every rank has loaded the same ones.
+    """
+    model = prepared.model()
+    for name, _, _, module, tensor, _ in inventory.named_tensors(model):
+        if prepared.roles.get(name) == inventory.QUANTIZED and tensor.device != device:
+            module.to(device)
+    prepared.refresh()
+    shared = []
+    for name, tensor in zip(prepared.names, prepared.tensors, strict=True):
+        if prepared.roles[name] == inventory.QUANTIZED:
+            continue
+        if tensor.is_meta:
+            _materialize(tensor, device)
+        elif tensor.device != device:
+            tensor.data = tensor.data.to(device)
+        shared.append(tensor)
+    sync.broadcast(shared)
+    for name, _, _, _, tensor, _ in inventory.named_tensors(model) if prepared.sharded else ():
+        if name in prepared.sharded and not tensor.is_meta:
+            # One at a time: they are sharded because each rank has no room for all.
+            whole = tensor.data.to(device)
+            sync.broadcast([whole])
+            tensor.data.copy_(whole)
+    adapter = prepared.of_adapter()
+    sync.compare(list(adapter), list(adapter.values()), "after the broadcast")
+
+
+def _materialize(tensor: Any, device: Any) -> None:
+    """Give a meta tensor room on a device, where rank 0's values go; an optimizer may hold the object already.
+
+    The `data` of a tensor on meta takes none of another device.
+    """
+    import torch
+
+    room = torch.empty_like(tensor, device=device)
+    if isinstance(tensor, torch.nn.Parameter):
+        room = torch.nn.Parameter(room, requires_grad=tensor.requires_grad)
+    vars(room).update(vars(tensor))
+    torch.utils.swap_tensors(tensor, room)  # type: ignore[no-untyped-call]
+
+
+def autocast_prepared(accelerator: Any, results: Sequence[Any]) -> None:
+    """Run planned models under autocast and return fp32, as accelerate does for one process, DDP and FSDP1.
+
+    Args:
+        accelerator: the run's.
+        results: what its `_prepare_fsdp2` returns, models among it.
+    """
+    from accelerate.utils import convert_outputs_to_fp32
+    from accelerate.utils.modeling import get_mixed_precision_context_manager
+    from torch import nn
+
+    # Programs that stand in for an accelerator may return anything.
+    for model in results if isinstance(results, (list, tuple)) else ():
+        if not isinstance(model, nn.Module) or prepared_for(model) is None:
+            continue
+        if accelerator.native_amp and "_original_forward" not in vars(model):
+            # The attribute is accelerate's own mark, by which unwrap_model takes the autocast off again.
+            vars(model)["_original_forward"] = model.forward
+            context = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
+            function = getattr(model.forward, "__func__", None)
+            if function is None:
+                model.forward = convert_outputs_to_fp32(context(model.forward))
+            else:
+                model.forward = MethodType(convert_outputs_to_fp32(context(function)), model)
+
+
+def keep_rng_state(model: Any) -> None:
+    """Make recomputation under activation checkpointing draw the noise of the first forward."""
+    for module in model.modules():
+        function = getattr(module, "checkpoint_fn", None)
+        if isinstance(function, functools.partial) and function.keywords.get("preserve_rng_state") is False:
+            keywords = {**function.keywords, "preserve_rng_state": True}
+            vars(module)["checkpoint_fn"] = functools.partial(function.func, *function.args, **keywords)
+
+
+def prepare_to_evaluate(trainer: Any) -> None:
+    """Wrap a model that is evaluated before it is trained as `train()` would, with its optimizer under FSDP2.
+
+    https://github.com/huggingface/transformers/issues/39961
+
+    Args:
+        trainer: about to evaluate; nothing happens where its model is wrapped already or is not ours.
+    """
+    accelerator = trainer.accelerator
+    if accelerator._models or getattr(trainer.args, "torch_compile", False):
+        return
+    prepared = prepare(trainer, trainer.model)
+    if prepared is None or prepared.native:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugins.version_of(plugin) == 2:
+        trainer.create_optimizer()
+        separate(trainer)
+        trainer.model, trainer.optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
+    else:
+        trainer.model = accelerator.prepare(trainer.model)
+    trainer.model_wrapped = trainer.model
+
+
+@contextlib.contextmanager
+def evaluating(trainer: Any) -> Iterator[None]:
+    """Around an evaluation before `train()`, in releases that would take FSDP1's wrapper off and put on another.
+
+    Between the two the Trainer has the bare model, by which `train()` sees that it is wrapped already.
+
+    Args:
+        trainer: about to evaluate.
+    """
+    prepare_to_evaluate(trainer)
+    if trainer.optimizer is not None or inventory.fsdp_version(trainer.model_wrapped) != 1:
+        yield
+        return
+    trainer.model = trainer.model_wrapped
+    try:
+        yield
+    finally:
+        trainer.model = inventory.bare(trainer.model_wrapped)
+
+
+@contextlib.contextmanager
+def natively_gathered(trainer: Any) -> Iterator[None]:
+    """Around a save of a base that transformers sharded itself: the model answers with what all ranks have proven.
+
+    Args:
+        trainer: any; nothing happens where transformers did not shard.
+    """
+    prepared = prepared_by(trainer)
+    if prepared is None or not prepared.native:
+        yield
+        return
+    with checkpoint.gathered(prepared.model(), trainer.accelerator.get_state_dict(trainer.model)):
+        yield
+
+
+def prepare_natively(upstream: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Keep DDP away from a base that transformers sharded itself, as its own releases from 5.19 on do.
+
+    Args:
+        upstream: accelerate's `prepare_model`, bound.
+        model: a planned one.
+        *args: for upstream.
+        **kwargs: for upstream.
+    """
+    prepared = prepared_for(model)
+    assert prepared is not None
+    if not prepared.native:
+        return upstream(model, *args, **kwargs)
+    return upstream(model, device_placement=False, evaluation_mode=True)
+
+
+def save_sharded(trainer: Any, folder: str | None) -> None:
+    """Write the adapter file where the Trainer writes none, under SHARDED_STATE_DICT; also before `train()`.
+
+    https://github.com/huggingface/transformers/issues/30491
+    """
+    if not trainer.is_fsdp_enabled:
+        return
+    if prepared_by(trainer) is None and not inventory.is_unwrapped_adapter(trainer.model):
+        return
+    if "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
+        found = trainer.accelerator.get_state_dict(trainer.model)
+        if trainer.args.should_save:
+            trainer._save(trainer.args.output_dir if folder is None else folder, state_dict=found)

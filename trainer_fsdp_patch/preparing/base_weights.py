@@ -1,0 +1,141 @@
+"""The frozen base is the same on all ranks before FSDP takes a part of it from each."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.planning.prepared import Prepared
+
+logger = logging.getLogger("trainer_fsdp_patch")
+
+
+def synchronize(prepared: Prepared, accelerator: Any) -> None:
+    """Give every rank rank 0's bits of each tensor of the base that differs, as DDP does.
+
+    An initialization of the adapter that alters the base, such as PiSSA's, draws random numbers, and each rank
+    draws others unless a seed was set. Each rank would then shard a base of its own.
+
+    Args:
+        prepared: a model whose ranks have agreed on the adapter.
+        accelerator: the run's.
+
+    Raises:
+        AdapterError: on all ranks, where their bases do not even have the same tensors.
+    """
+    if prepared.native or accelerator.num_processes == 1:
+        return
+    named = _frozen(prepared, _is_broadcast_by_fsdp(prepared, accelerator))
+    _refuse_other_tensors(named)
+    differing = _differing([tensor for _, tensor in named], accelerator.device) if named else []
+    for index in differing:
+        tensor = named[index][1]
+        copy = tensor.detach().to(accelerator.device, copy=True).contiguous()
+        sync.broadcast([copy])
+        tensor.detach().copy_(copy)
+    if differing and accelerator.is_main_process:
+        name, others = named[differing[0]][0], len(differing) - 1
+        logger.info("%s and %d more frozen tensors differed between ranks: all have rank 0's.", name, others)
+
+
+_COMPARISON = "comparison of the frozen base"
+
+
+def _is_broadcast_by_fsdp(prepared: Prepared, accelerator: Any) -> bool:
+    """Whether rank 0 alone has loaded the base, or hands out its own anyhow."""
+    plugin = accelerator.state.fsdp_plugin
+    if prepared.plan.fsdp_version == 1:
+        return bool(plugin.sync_module_states)
+    packed = any(type(parameter).__name__ == "Params4bit" for parameter in prepared.model().parameters())
+    # accelerate has every rank load a base with 4-bit weights.
+    return bool(plugin.cpu_ram_efficient_loading) and not packed
+
+
+def _frozen(prepared: Prepared, by_fsdp: bool) -> list[tuple[str, Any]]:
+    """Weights and persistent buffers of the base by canonical name, each once, and what packed ones consist of.
+
+    Args:
+        prepared: the model's record.
+        by_fsdp: whether FSDP hands out what it shards, so that only what it ignores is left.
+    """
+    shared = {id(tensor) for tensor in prepared.of_adapter().values()}
+    ignored = {id(tensor) for tensor in prepared.tensors}
+    seen: set[int] = set()
+    found = []
+    for name, _, key, module, tensor, _ in inventory.named_tensors(prepared.model()):
+        ours = id(tensor) in shared or name in prepared.sharded
+        # What code computes may be cached for as many positions as one rank has seen.
+        computed = key in module._non_persistent_buffers_set
+        if ours or computed or (by_fsdp and id(tensor) not in ignored) or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        found += [(f"{name}{suffix}", part) for suffix, part in _parts(tensor)]
+    return found
+
+
+def _parts(tensor: Any) -> Iterator[tuple[str, Any]]:
+    """A tensor, or what it is made of; and the statistics that quantizers keep beside packed numbers."""
+    import torch
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    data = tensor.data
+    if is_traceable_wrapper_subclass(data):
+        for name in data.__tensor_flatten__()[0]:
+            yield from ((f".{name}{suffix}", part) for suffix, part in _parts(getattr(data, name)))
+        return
+    yield "", data
+    pending = [("", tensor)] if inventory.is_quantized(tensor) else []
+    seen = {data.data_ptr()}
+    while pending:
+        prefix, owner = pending.pop()
+        for key, value in sorted(getattr(owner, "__dict__", {}).items()):
+            if isinstance(value, torch.Tensor) and not value.is_meta and value.data_ptr() not in seen:
+                seen.add(value.data_ptr())
+                yield f"{prefix}.{key}", value.data
+            elif type(value).__name__ == "QuantState":
+                pending.append((f"{prefix}.{key}", value))
+
+
+def _refuse_other_tensors(named: list[tuple[str, Any]]) -> None:
+    """Refuse bases of which one rank has other tensors; the lists are exchanged only where they differ.
+
+    Raises:
+        AdapterError: on all ranks, naming the first tensor.
+    """
+    made = [f"{name}: {tensor.dtype} {list(tensor.shape)}" for name, tensor in named]
+    sums = sync.everyone(zlib.crc32("\n".join(made).encode()), _COMPARISON)
+    if len(set(sums)) == 1:
+        return
+    first, *others = map(set, sync.everyone(made, _COMPARISON))
+    rank, found = next((rank, sorted(other ^ first)[0]) for rank, other in enumerate(others, 1) if other != first)
+    name, _, kind = found.partition(": ")
+    side = "rank 0" if found in first else f"rank {rank}"
+    text = message(
+        name,
+        f"{kind} on {side}, and not so on {f'rank {rank}' if found in first else 'rank 0'}",
+        "FSDP would put one base together from different ones",
+        "Load the same base model in the same way on every rank",
+    )
+    raise AdapterError(text, tensor=name)
+
+
+def _differing(tensors: list[Any], device: Any) -> list[int]:
+    """Places of the tensors whose bits are not the same on all ranks; those on meta somewhere are FSDP's to fill."""
+    import torch
+    import torch.distributed as dist
+
+    absent, present = torch.zeros(3, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.int64, device=device)
+    high = torch.stack(
+        [absent if tensor.is_meta else torch.cat([present, sync.fingerprint(tensor).to(device)]) for tensor in tensors]
+    )
+    low = high.clone()
+    with sync.collective(_COMPARISON):
+        dist.all_reduce(low, op=dist.ReduceOp.MIN)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    differing = (low != high).any(dim=1) & (low[:, 0] > 0)
+    return [int(index) for index in differing.nonzero().flatten()]

@@ -1,0 +1,48 @@
+"""Adapters that came after a model was prepared, such as that of the next task, when `train()` is called again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.planning.prepared import Prepared
+from trainer_fsdp_patch.saving import checkpoint
+
+
+def take_up(prepared: Prepared, device: Any) -> None:
+    """Replicate, broadcast and average them as the plan has it for the first ones; all ranks call this alike.
+
+    Args:
+        prepared: of a model that is trained again.
+        device: of the collectives.
+
+    Raises:
+        AdapterError: on all ranks, where one holds others.
+    """
+    found = prepared.later()
+    _agree({name: (tensor.dtype, tensor.shape) for name, tensor in found.items()})
+    if not found:
+        return
+    for tensor in found.values():
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
+    sync.broadcast(found.values())
+    prepared.take_up(found)
+    model = prepared.model()
+    checkpoint.note_keys(prepared, checkpoint.keys(model, checkpoint.live(model, prepared)))
+
+
+def _agree(items: dict[str, Any]) -> None:
+    found = sync.first_difference(items, "comparison of adapters that came later")
+    if found is not None:
+        name, rank, *_ = found
+        raise AdapterError(
+            message(
+                name,
+                f"part of an adapter that came after the model was prepared, not alike on rank 0 and rank {rank}",
+                "One adapter cannot be trained from different ones",
+                "Add the same adapter on every rank",
+            ),
+            tensor=name,
+        )

@@ -1,0 +1,271 @@
+"""accelerate's FSDP plugin: what a user set on it, the plan that follows, and the flags that the plan sets."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from trainer_fsdp_patch.errors import PlanError, message, warn
+from trainer_fsdp_patch.planning import inventory, planning
+from trainer_fsdp_patch.planning.prepared import Prepared
+from trainer_fsdp_patch.preparing import units
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trainer_fsdp_patch.planning.planning import Plan
+
+_ASKED = "_trainer_fsdp_patch_asked"
+_IGNORED = "_trainer_fsdp_patch_ignored"
+_POLICY = "_trainer_fsdp_patch_policy"
+
+
+def version_of(plugin: Any) -> int:
+    """FSDP's version; releases before accelerate 1.6 know the first one only."""
+    return int(getattr(plugin, "fsdp_version", 1))
+
+
+def record(plugin: Any, asked: dict[str, Any]) -> None:
+    """Keep what a user gave the FSDP plugin explicitly, so that it wins over a plan later.
+
+    Nothing is checked and nothing changed before a plan is made: whose run it is to be is not known yet.
+
+    Args:
+        plugin: accelerate's FullyShardedDataParallelPlugin, after its init.
+        asked: names and values of the arguments it was given; None counts as not given.
+    """
+    plain = {
+        name: value if isinstance(value, (bool, str)) else None for name, value in asked.items() if value is not None
+    }
+    setattr(plugin, _ASKED, plain)
+
+
+def warn_of_flag(plugin: Any, config: dict[str, Any]) -> None:
+    """Warn where `use_orig_params` is false for FSDP2, which has no such flag; the run itself stays right.
+
+    Args:
+        plugin: accelerate's FullyShardedDataParallelPlugin.
+        config: `fsdp_config` of the TrainingArguments.
+    """
+    asked = {**config, **getattr(plugin, _ASKED, {})}
+    if version_of(plugin) == 2 and str(asked.get("use_orig_params")).lower() == "false":
+        warn(
+            "use_orig_params",
+            "False is asked for with FSDP2, which always keeps the original parameters",
+            "It has no effect, and the run is right without it",
+            "Leave it out, or set fsdp_version to 1",
+        )
+
+
+def explicit_policy(accelerator: Any, plugin: Any) -> Any:
+    """The plugin's mixed-precision policy where a user gave it, or None where accelerate or we made it."""
+    policy = plugin.mixed_precision_policy
+    if policy is None or policy is getattr(plugin, _POLICY, None):
+        return None
+    if "mixed_precision_policy" in getattr(plugin, _ASKED, ()):
+        return policy
+    default = copy.copy(plugin)
+    default.mixed_precision_policy = None
+    if accelerator.mixed_precision != "no":
+        default.set_mixed_precision(accelerator.mixed_precision)
+    return None if policy == default.mixed_precision_policy else policy
+
+
+def user_ignored(plugin: Any) -> Any:
+    """The user's ignored modules, also after we have put ours beside them."""
+    ours, users = getattr(plugin, _IGNORED, (None, None))
+    return users if ours is not None and plugin.ignored_modules is ours else plugin.ignored_modules
+
+
+def unit_classes(plugin: Any) -> Any:
+    """Class names of the units; None for the model's own, and none at all where units go by size."""
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    given = _users_policy(plugin)
+    if given is None:
+        # Releases before accelerate 1.0 read the environment when they wrap.
+        by_class = os.environ.get("FSDP_AUTO_WRAP_POLICY") == "TRANSFORMER_BASED_WRAP"
+        named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+        return (named.split(",") if named else None) if by_class else ()
+    if getattr(given, "func", given) is not transformer_auto_wrap_policy:
+        return ()
+    classes = getattr(given, "keywords", {}).get("transformer_layer_cls")
+    names = getattr(plugin, "transformer_cls_names_to_wrap", None)
+    return [item.__name__ for item in classes] if classes else names
+
+
+def _users_policy(plugin: Any) -> Any:
+    """The plugin's wrap policy without what we have put around it."""
+    policy = plugin.auto_wrap_policy
+    while getattr(policy, "func", None) in (_allowed, _or_own):
+        policy = policy.keywords["policy"]
+    return policy
+
+
+def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any, unsharded: str) -> Plan:
+    """Plan from accelerate's plugin.
+
+    Args:
+        model: with its adapter.
+        accelerator: the run's.
+        plugin: accelerate's FullyShardedDataParallelPlugin.
+        policy: the user's own mixed-precision policy, or None.
+        unsharded: why no trainable tensor may be sharded, or "".
+
+    Raises:
+        PlanError: a setting contradicts the model.
+    """
+    if isinstance(plugin.ignored_modules, Iterator):
+        # accelerate is going to read it once more.
+        plugin.ignored_modules = list(plugin.ignored_modules)
+    dtype = getattr(policy, "param_dtype", None)
+    plan = planning.make_plan(
+        model,
+        fsdp_version=version_of(plugin),
+        mixed_precision=accelerator.mixed_precision,
+        use_orig_params=plugin.use_orig_params,
+        ignored_modules=user_ignored(plugin),
+        param_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        units=unit_classes(plugin),
+        ranks=shards(accelerator, plugin),
+        unsharded=unsharded,
+    )
+    buffers = getattr(policy, "buffer_dtype", None)
+    for item in plan.set_aside:
+        stored = item.tensor.dtype
+        rounds = buffers is not None and "float" in stored and stored != str(buffers).removeprefix("torch.")
+        if rounds and item.tensor.kind == "buffer":
+            raise PlanError(
+                message(
+                    "mixed_precision_policy.buffer_dtype",
+                    f"{buffers} would be forced on {item.tensor.name}, which is {stored}",
+                    "The projection would be rounded, and saved rounded",
+                    "Leave buffer_dtype None",
+                ),
+                setting="mixed_precision_policy",
+            )
+    return plan
+
+
+def shards(accelerator: Any, plugin: Any) -> int:
+    """Number of ranks over which FSDP shards one copy of the base: fewer than all where groups of them hold it each.
+
+    Args:
+        accelerator: the run's.
+        plugin: accelerate's FullyShardedDataParallelPlugin.
+    """
+    import torch
+
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    if getattr(accelerator, "parallelism_config", None) is not None and mesh is not None:
+        return int(mesh["dp_shard_cp"].size())
+    strategy = str(getattr(plugin, "sharding_strategy", None))
+    if "NO_SHARD" in strategy:
+        return 1
+    if "HYBRID" not in strategy:
+        return int(accelerator.num_processes)
+    # FSDP1 takes the devices of a machine for a group.
+    devices = getattr(torch, accelerator.device.type).device_count()
+    return min(int(accelerator.num_processes), max(1, int(devices)))
+
+
+def set_flags(prepared: Prepared, plugin: Any, explicit: Any) -> None:
+    """Dtypes and ignored modules on accelerate's plugin; FSDP1 takes the latter as modules."""
+    import torch
+
+    plan = prepared.plan
+    _name_units(prepared.model(), plugin)
+    policy = plugin.mixed_precision_policy
+    if policy is not None and explicit is None:
+        dtype = None if plan.param_dtype is None else getattr(torch, plan.param_dtype)
+        # FSDP1 would round RoPE tables and projections in place, FSDP2 the loss: None leaves both alone.
+        spared = {"buffer_dtype": None} if plan.fsdp_version == 1 else {"output_dtype": None}
+        # What FSDP averages of an adapter it averages in fp32, as the rest of it is.
+        reduced = torch.float32 if prepared.sharded and dtype is not None else dtype
+        policy = dataclasses.replace(policy, param_dtype=dtype, reduce_dtype=reduced, **spared)
+        plugin.mixed_precision_policy = policy
+        setattr(plugin, _POLICY, policy)
+    if plan.fsdp_version == 1:
+        _wrap_policy(prepared, plugin)
+        users = user_ignored(plugin)
+        plugin.ignored_modules = _ignored(prepared)
+        setattr(plugin, _IGNORED, (plugin.ignored_modules, users))
+
+
+def _name_units(model: Any, plugin: Any) -> None:
+    """Name the model's own unit classes where some are not in it, such as a vision model's text layers.
+
+    accelerate looks for each of `_no_split_modules`, and fails on the first that is absent.
+    """
+    names = list(getattr(model, "_no_split_modules", None) or ())
+    if unit_classes(plugin) is not None or not hasattr(plugin, "transformer_cls_names_to_wrap"):
+        return
+    here = {type(module).__name__ for module in model.modules()}
+    present = [name for name in names if name in here]
+    if present and len(present) < len(names):
+        plugin.transformer_cls_names_to_wrap = present
+
+
+def _wrap_policy(prepared: Prepared, plugin: Any) -> None:
+    """Keep FSDP1's units by size to modules that can be units, and add those of whole modules that are trained."""
+    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+
+    model, wanted = prepared.model(), set(prepared.sharded)
+    plugin.auto_wrap_policy = _users_policy(plugin)
+    plugin.set_auto_wrap_policy(model)
+    if getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is size_based_auto_wrap_policy:
+        barred = units.barred(model, {id(tensor) for tensor in prepared.tensors})
+        plugin.auto_wrap_policy = functools.partial(_allowed, policy=plugin.auto_wrap_policy, barred=barred)
+    if not wanted:
+        return
+    names = {id(tensor): name for name, _, _, _, tensor, _ in inventory.named_tensors(model)}
+    own = frozenset(
+        id(module)
+        for module in inventory.copied_modules(model)
+        if any(names[id(parameter)] in wanted for parameter in module.parameters())
+    )
+    plugin.auto_wrap_policy = functools.partial(_or_own, policy=plugin.auto_wrap_policy, own=own)
+
+
+def _allowed(module: Any, recurse: bool, nonwrapped_numel: int, *, policy: Any, barred: Callable[[Any], bool]) -> bool:
+    """A wrap policy of torch's kind."""
+    wanted = policy(module=module, recurse=recurse, nonwrapped_numel=nonwrapped_numel)
+    return bool(wanted) and (recurse or not barred(module))
+
+
+def _or_own(module: Any, recurse: bool, nonwrapped_numel: int, *, policy: Any, own: frozenset[int]) -> bool:
+    """A wrap policy of torch's kind."""
+    wanted = not own.isdisjoint(map(id, module.modules())) if recurse else id(module) in own
+    return wanted or (
+        policy is not None and bool(policy(module=module, recurse=recurse, nonwrapped_numel=nonwrapped_numel))
+    )
+
+
+def _ignored(prepared: Prepared) -> list[Any]:
+    """Modules for FSDP1 to ignore: those that hold nothing else than what is set aside, and one for the rest.
+
+    FSDP1 ignores tensors by identity wherever they sit, but is told of them by modules; a module of
+    our own names those that share theirs with base weights.
+    """
+    from torch import nn
+
+    known = {id(tensor) for tensor in prepared.tensors}
+    whole = []
+    for module in prepared.model().modules():
+        held = [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
+        if held and known.issuperset(held):
+            whole.append(module)
+    covered = {id(tensor) for module in whole for tensor in (*module.parameters(), *module.buffers())}
+    rest = nn.Module()
+    for index, tensor in enumerate(prepared.tensors):
+        if id(tensor) in covered:
+            continue
+        if isinstance(tensor, nn.Parameter):
+            rest.register_parameter(f"parameter_{index}", tensor)
+        else:
+            rest.register_buffer(f"buffer_{index}", tensor)
+    return [*whole, rest]

@@ -1,0 +1,70 @@
+"""Which checkpoint a run resumes from that asks for its last one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.errors import warn
+from trainer_fsdp_patch.files import reading, verify
+
+SEARCHING: ContextVar[Any] = ContextVar("SEARCHING", default=None)
+"""The Trainer that looks for its last checkpoint, or None."""
+
+
+@contextlib.contextmanager
+def searching(trainer: Any) -> Iterator[None]:
+    """Around a `train()` that looks for its last checkpoint.
+
+    Args:
+        trainer: under FSDP, with an adapter.
+    """
+    token = SEARCHING.set(trainer)
+    try:
+        yield
+    finally:
+        SEARCHING.reset(token)
+
+
+def last_checkpoint(upstream: Callable[..., Any], folder: Any) -> Any:
+    """The newest checkpoint of a run whose writer has finished, the same on all ranks.
+
+    The main process decides: the disks of other machines may lack what it alone has written.
+
+    Args:
+        upstream: transformers' own, which takes the newest folder by its number.
+        folder: of the run.
+
+    Returns:
+        Path of the checkpoint, or None where there is none.
+
+    Raises:
+        RankError: another rank has ended.
+    """
+    trainer = SEARCHING.get()
+    # The first search is train()'s own; a callback that searches later may be on one rank alone.
+    SEARCHING.set(None)
+    found = upstream(folder)
+    skipped: list[str] = []
+    chosen = None if found is None else Path(found).name
+    for item in reading.checkpoints(Path(folder)) if found and trainer.is_world_process_zero() else []:
+        chosen = item.name
+        lacks = verify.unfinished(item)
+        if not lacks:
+            break
+        skipped.append(f"{item.name} ({lacks[0]})")
+        chosen = None
+    chosen, skipped = sync.everyone((chosen, skipped), "choice of a checkpoint")[0]
+    if skipped:
+        warn(
+            str(folder),
+            f"the last checkpoint is not whole: {', '.join(skipped)}",
+            f"The run resumes from {chosen}" if chosen else "There is none to resume from",
+            "Remove the folders that are not whole; `python -m trainer_fsdp_patch verify` says what they lack",
+        )
+    return None if chosen is None else os.path.join(folder, chosen)

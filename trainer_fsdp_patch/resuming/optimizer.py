@@ -1,0 +1,148 @@
+"""The optimizer's part of a resume checkpoint: torch sends all ranks what rank 0 has read, if it is plain tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
+from trainer_fsdp_patch.shadowing import shadowed
+
+
+class Held(str):
+    """State that is no plain tensor, on its way through torch's functions, which send it to all ranks as it is.
+
+    They pass a string on, and ask what they take for a tensor for its copy on the CPU.
+    """
+
+    value: Any
+
+    def cpu(self) -> Held:
+        """Itself: what is held is on the CPU."""
+        return self
+
+
+def load_full(
+    upstream: Callable[..., Any], model: Any, optimizers: Any, optim_state_dict: Any, *, options: Any = None
+) -> Any:
+    """Read an optimizer's full checkpoint under FSDP2, whatever the optimizer keeps.
+
+    torch asks the tensors of the state for a device, of which plain SGD has none, and broadcasts quantized tensors
+    by an operation that they do not have.
+
+    Args:
+        upstream: torch's `set_optimizer_state_dict`; it is asked wherever there is state.
+        model: as prepared by accelerate.
+        optimizers: the optimizer.
+        optim_state_dict: of the checkpoint; with `full_state_dict` rank 0 has it alone.
+        options: torch's StateDictOptions, or None.
+    """
+    prepared = prepared_for(model)
+    if prepared is None or not getattr(options, "full_state_dict", False):
+        return upstream(model, optimizers, optim_state_dict, options=options)
+    found = optim_state_dict or {}
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in found.get("param_groups", ())]
+    stateless = not any(found.get("state", {}).values())
+    stateless, settings = sync.everyone((stateless, settings), "load of the optimizer")[0]
+    if not stateless:
+        load = functools.partial(_load_released, optimizers.load_state_dict)
+        with shadowed(optimizers, load_state_dict=load):
+            return upstream(model, optimizers, _hold(prepared, optim_state_dict, numbers=False), options=options)
+    for group, setting in zip(optimizers.param_groups, settings, strict=True):
+        group.update(setting)
+    return None
+
+
+def _load_released(upstream: Callable[[Any], Any], state_dict: Any) -> Any:
+    return upstream(_release(state_dict))
+
+
+def to_load(
+    upstream: Callable[..., Any], model: Any, optim: Any, optim_state_dict: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """What FSDP1 makes of an optimizer's checkpoint.
+
+    A distributed checkpoint has no entry where there was no state. On the rank that has read a full one, torch asks
+    all state for its copy on the CPU, numbers too: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1381
+
+    Args:
+        upstream: torch's `optim_state_dict_to_load`.
+        model: as wrapped by FSDP1.
+        optim: the optimizer.
+        optim_state_dict: of the checkpoint; empty on ranks that get it from rank 0.
+        *args: for upstream.
+        **kwargs: for upstream.
+    """
+    prepared = prepared_for(model)
+    if prepared is None:
+        return upstream(model, optim, optim_state_dict, *args, **kwargs)
+    if optim_state_dict and "state" not in optim_state_dict:
+        optim_state_dict = {**optim_state_dict, "state": {}}
+    found = _hold(prepared, optim_state_dict, numbers=True) if _is_full(model) else optim_state_dict
+    # Upstream may load it too, with `load_directly`.
+    load = functools.partial(_load_released, optim.load_state_dict)
+    with shadowed(optim, load_state_dict=load):
+        return _release(upstream(model, optim, found, *args, **kwargs))
+
+
+def _is_full(model: Any) -> bool:
+    """Whether FSDP1 is asked for full state dicts now."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return "FULL" in str(FullyShardedDataParallel.get_state_dict_type(model).state_dict_type)
+
+
+def _hold(prepared: Prepared, state_dict: Any, *, numbers: bool) -> Any:
+    """A checkpoint of an optimizer in which torch's functions find nothing that they cannot send.
+
+    Args:
+        prepared: whose sharded parameters torch makes shards for; of these, tensors stay as they are.
+        state_dict: of the checkpoint, by parameter names; None or empty on ranks that have not read it.
+        numbers: whether whatever is no tensor is held too: numbers, None, and dictionaries with tensors inside.
+    """
+    if not state_dict or "state" not in state_dict:
+        return state_dict
+
+    def held(name: str, value: Any) -> Any:
+        import torch
+
+        if isinstance(value, torch.Tensor):
+            wraps = _is_wrapped(value) and inventory.canonical(name) not in prepared.sharded
+            return _held(value) if wraps else value
+        return _held(value) if numbers else value
+
+    state = {
+        name: {key: held(name, value) for key, value in entry.items()} if isinstance(entry, dict) else entry
+        for name, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def _is_wrapped(tensor: Any) -> bool:
+    """Whether a tensor has others inside, as quantized ones do; those are nobody's shards."""
+    return hasattr(tensor, "__tensor_flatten__") and not isinstance(tensor, inventory.dtensor())
+
+
+def _held(value: Any) -> Held:
+    # Flat parameters ask whether the state of all their parts is the same.
+    held = Held(id(value) if isinstance(value, dict) or hasattr(value, "cpu") else repr(value))
+    held.value = _on_cpu(value)
+    return held
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return value.cpu() if hasattr(value, "cpu") else value
+
+
+def _release(state_dict: Any) -> Any:
+    """The same, with what was held."""
+    if isinstance(state_dict, dict) and isinstance(state_dict.get("state"), dict):
+        for entry in state_dict["state"].values():
+            if isinstance(entry, dict):
+                entry.update({key: value.value for key, value in entry.items() if isinstance(value, Held)})
+    return state_dict

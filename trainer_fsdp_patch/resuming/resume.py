@@ -1,0 +1,331 @@
+"""Resume checkpoints of a planned model: the adapter goes in and comes back, bit for bit, on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.files import reading, verify
+from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared_for
+from trainer_fsdp_patch.saving import checkpoint, gathering
+from trainer_fsdp_patch.shadowing import shadowed
+
+_NAMED = "_trainer_fsdp_patch_named_state"
+
+
+def model_state_dict(
+    upstream: Callable[..., Any],
+    model: Any,
+    adapter_only: bool = False,
+    sd_options: Any = None,
+    *,
+    full_by_canonical_name: bool = False,
+) -> Any:
+    """The model part of a resume checkpoint: the adapter, whole on every rank.
+
+    Args:
+        upstream: accelerate's own; it is asked for what is more than the adapter.
+        model: as prepared by accelerate, planned.
+        adapter_only: whether frozen base weights are left out.
+        sd_options: torch's StateDictOptions under FSDP2 since accelerate 1.7, or None.
+        full_by_canonical_name: whether this release of accelerate reads full FSDP2 checkpoints by the names of
+            the model's state dict, and not by those of an adapter file.
+
+    Returns:
+        Copies on the CPU, by names that the same release reads without us.
+    """
+    options = {} if sd_options is None else {"sd_options": sd_options}
+    prepared = prepared_for(model) if adapter_only else None
+    if prepared is None:
+        return upstream(model, adapter_only=adapter_only, **options)
+    if prepared.plan.fsdp_version == 2 and sd_options is None:
+        # accelerate 1.6 hands FSDP2 checkpoints to torch, which refuses one without the base.
+        return upstream(model, adapter_only=False)
+    full = getattr(sd_options, "full_state_dict", False)
+    live = checkpoint.live(model, prepared)
+    return checkpoint.on_cpu(names(model, live, as_peft=not (full and full_by_canonical_name)))
+
+
+def names(model: Any, live: dict[str, Any], *, as_peft: bool) -> dict[str, Any]:
+    """The adapter's tensors by the names that a resume checkpoint has for them.
+
+    Args:
+        model: as prepared by accelerate.
+        live: the tensors by the names of the model's state dict.
+        as_peft: by the keys of the active adapter's file, and by canonical names where that has no place.
+    """
+    if not as_peft:
+        return live
+    bare = inventory.bare(model)
+    # peft may hand out detached tensors, which share the memory of the live one.
+    here = {_place(tensor): tensor for tensor in live.values()}
+    active = getattr(bare, "active_adapter", None)
+    written = checkpoint.keys(bare, live).get(str(active[0] if isinstance(active, list) else active), {})
+    found = {key: here[_place(tensor)] for key, tensor in written.items() if _place(tensor) in here}
+    covered = {id(tensor) for tensor in found.values()}
+    return found | {name: tensor for name, tensor in live.items() if id(tensor) not in covered}
+
+
+def _place(tensor: Any) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.dtype
+
+
+def load_model_state_dict(
+    upstream: Callable[..., Any], model: Any, state_dict: Any, adapter_only: bool = False, sd_options: Any = None
+) -> Any:
+    """Read the model part of a resume checkpoint into the replicated adapter; nothing is half read.
+
+    Args:
+        upstream: accelerate's own; it is asked for what is more than the adapter.
+        model: as prepared by accelerate, planned.
+        state_dict: by keys of an adapter file or by canonical names; empty on ranks that get it from rank 0.
+        adapter_only: whether frozen base weights are left out.
+        sd_options: as for `model_state_dict`.
+
+    Raises:
+        AdapterError: a tensor is missing, foreign, or one rank's shard. During a Trainer's load it is raised by
+            `load` on all ranks.
+    """
+    prepared = prepared_for(model) if adapter_only else None
+    if prepared is None:
+        options = {} if sd_options is None else {"sd_options": sd_options}
+        return upstream(model, state_dict, adapter_only=adapter_only, **options)
+    if not state_dict:
+        return None
+    if prepared.sharded and not prepared.loading:
+        found = "is sharded, and was asked for by Accelerator.load_state"
+        raise _refused(prepared.sharded[0], found)
+    try:
+        _copy_in(model, prepared, state_dict)
+    except AdapterError as error:
+        if not prepared.loading:
+            raise
+        prepared.failure = str(error)
+    return None
+
+
+def _copy_in(model: Any, prepared: Prepared, state_dict: dict[str, Any]) -> None:
+    import torch
+
+    empty = gathering.templates(prepared)
+    live = checkpoint.persistent(model, prepared.of_adapter()) | gathering.aliased(prepared, empty)
+    known = names(model, live, as_peft=True) | names(model, live, as_peft=False)
+    sharded = {id(tensor): name for name, tensor in empty.items()}
+    others = {name for name, *_ in inventory.named_tensors(inventory.bare(model))}
+    values = {}
+    for key, value in state_dict.items():
+        tensor = known.get(key)
+        if tensor is None and _belongs(key, others):
+            continue
+        if tensor is None:
+            raise _refused(key, "in the checkpoint, but not in this adapter")
+        if isinstance(value, inventory.dtensor()) or value.shape != tensor.shape:
+            # https://github.com/huggingface/accelerate/pull/4206
+            raise _refused(key, f"of shape {list(value.shape)} instead of {list(tensor.shape)}, or one rank's shard")
+        values[id(tensor)] = (tensor, value)
+    trained = {id(tensor) for tensor in live.values() if tensor.requires_grad} | sharded.keys()
+    missing = {id(tensor): name for name, tensor in known.items() if id(tensor) in trained - values.keys()}
+    if missing:
+        raise _refused(next(iter(missing.values())), f"not in the checkpoint, as {len(missing) - 1} more tensors")
+    with torch.no_grad():
+        for place, (tensor, value) in values.items():
+            if place in sharded:
+                prepared.read[sharded[place]] = value
+            else:
+                tensor.copy_(value)
+
+
+def _belongs(key: str, names: set[str]) -> bool:
+    """Whether a key is a tensor of the model, or below one as a quantized weight's statistics are."""
+    parts = key.split(".")
+    return any(".".join(parts[:end]) in names for end in range(len(parts), 0, -1))
+
+
+def _refused(name: str, found: str) -> AdapterError:
+    text = message(
+        name,
+        found,
+        "Nothing was loaded: the run would go on from another adapter than the one that was saved",
+        "Resume with the adapter configuration that wrote the checkpoint, or from another checkpoint",
+    )
+    return AdapterError(text, tensor=name)
+
+
+def load(upstream: Callable[[], Any], trainer: Any, folder: Any) -> Any:
+    """Load a checkpoint of a Trainer: afterwards every rank has the adapter that rank 0 has read.
+
+    Args:
+        upstream: loads it; it is not asked where the folder holds an adapter and nothing to resume from, as
+            `save_only_model` leaves it.
+        trainer: whose model is loaded.
+        folder: of the checkpoint.
+
+    Raises:
+        AdapterError: on all ranks, where the checkpoint is not whole or one rank refused what it read.
+    """
+    prepared = prepared_by(trainer)
+    assert prepared is not None
+    where = Path(folder)
+    # What other machines' disks lack is not theirs to read.
+    lacks = verify.unfinished(where) if trainer.is_world_process_zero() else []
+    lacks = sync.everyone(lacks, "load of a checkpoint")[0]
+    result = None
+    with _loading(prepared, trainer.model):
+        if lacks:
+            prepared.failure = str(_refused(str(where), f"not whole: {lacks[0]}"))
+        elif (where / reading.FSDP_FULL).is_file() and _below_compile(trainer.model, prepared):
+            load_model_state_dict(upstream, trainer.model, reading.tensors(where / reading.FSDP_FULL), True)
+        elif verify.is_ours(where) or not reading.adapter_folders(where):
+            result = upstream()
+        else:
+            load_model_state_dict(upstream, trainer.model, _of_files(trainer.model, prepared, where), True)
+    return result
+
+
+def _below_compile(model: Any, prepared: Prepared) -> bool:
+    """Whether accelerate would have rank 0 alone read, and wait for ranks that went on."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return prepared.plan.fsdp_version == 1 and type(model) is not FullyShardedDataParallel
+
+
+def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
+    """Tensors of adapter files by canonical names of the model."""
+    bare = inventory.bare(model)
+    empty = gathering.aliased(prepared, gathering.templates(prepared))
+    live = checkpoint.persistent(model, prepared.of_adapter()) | empty
+    places = {_place(tensor): name for name, tensor in live.items()}
+    found: dict[str, Any] = {}
+    for adapter in getattr(bare, "peft_config", {}):
+        file = reading.adapter_file(folder if adapter == "default" else folder / adapter)
+        if file is None:
+            continue
+        # transformers keeps the names of its own model, to which a file has peft's prefix.
+        own = {f"base_model.model.{reading.bare(name, adapter)}": name for name in live if adapter in name.split(".")}
+        written = checkpoint.keys(bare, live).get(adapter, {})
+        named = own | {key: places[_place(item)] for key, item in written.items() if _place(item) in places}
+        found |= {named.get(key, key): tensor for key, tensor in reading.tensors(file).items()}
+    return found
+
+
+@contextlib.contextmanager
+def _loading(prepared: Prepared, model: Any) -> Iterator[None]:
+    prepared.loading, prepared.failure, prepared.read = True, "", {}
+    own: Exception | None = None
+    try:
+        yield
+    except AdapterError as error:
+        prepared.failure = str(error)
+    except Exception as error:
+        own, prepared.failure = error, f"{type(error).__name__}: {error}"
+    finally:
+        prepared.loading = False
+    failures = sync.everyone(prepared.failure, "load of a checkpoint")
+    if own is not None:
+        raise own
+    if any(failures):
+        raise AdapterError(next(failure for failure in failures if failure))
+    # Releases from 1.7 to 1.8 read a full FSDP2 checkpoint on rank 0 only, and later ones broadcast it themselves.
+    adapter = prepared.of_adapter()
+    sync.broadcast(adapter.values())
+    sync.compare(list(adapter), list(adapter.values()), "after a checkpoint was loaded")
+    gathering.put(model, prepared, prepared.read)
+    prepared.read = {}
+
+
+@contextlib.contextmanager
+def initialized_optimizer(trainer: Any, folder: str | None) -> Iterator[None]:
+    """Give a fresh optimizer the state that a sharded checkpoint is read into; without it nothing is read.
+
+    Args:
+        trainer: whose optimizer is about to be loaded.
+        folder: of the checkpoint, or None where the run starts anew.
+    """
+    prepared = prepared_by(trainer)
+    if folder is None or prepared is None or prepared.native:
+        yield
+        return
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    sharded = "SHARDED" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+    if not sharded or optimizer is None or optimizer.state:
+        yield
+        return
+    _take_empty_step(optimizer)
+    made = optimizer.state
+    plugin = trainer.accelerator.state.fsdp_plugin
+    named = trainer.optimizer, functools.partial(_named_state, trainer.model, optimizer)
+    try:
+        with shadowed(plugin, **{_NAMED: named}):
+            yield
+    finally:
+        vars(trainer.optimizer).pop("state_dict", None)
+    if optimizer.state is made:
+        # Nothing was read, and a counter that says one step was taken would bend the first real one.
+        made.clear()
+    for state in optimizer.state.values():
+        state.update({key: _whole(value) for key, value in state.items() if hasattr(value, "local_shards")})
+
+
+def _whole(sharded: Any) -> Any:
+    """One tensor of what FSDP1 releases before accelerate 1.7 read in parts, each rank its own, also for replicas."""
+    import torch
+    import torch.distributed as dist
+
+    shards = sharded.local_shards()
+    device = shards[0].tensor.device if shards else sharded.device
+    whole = torch.zeros(sharded.size(), dtype=sharded.dtype, device=device)
+    for shard in shards:
+        places = zip(shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True)
+        whole[tuple(slice(start, start + size) for start, size in places)] = shard.tensor
+    dist.all_reduce(whole)
+    return whole
+
+
+def answer_by_name(plugin: Any) -> None:
+    """Let the optimizer that is about to be read answer by the names that a sharded checkpoint has, once.
+
+    Releases of accelerate that save by parameter name and load by parameter number ask it first.
+    """
+    optimizer, answer = vars(plugin).pop(_NAMED, (None, None))
+    if optimizer is None:
+        return
+
+    def state_dict() -> Any:
+        del vars(optimizer)["state_dict"]
+        return answer()
+
+    vars(optimizer)["state_dict"] = state_dict
+
+
+def _named_state(model: Any, optimizer: Any) -> Any:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return FullyShardedDataParallel.optim_state_dict(model, optimizer)
+    return get_optimizer_state_dict(model, optimizer)
+
+
+def _take_empty_step(optimizer: Any) -> None:
+    """Make the optimizer allocate its state and leave every parameter as it is."""
+    import torch
+
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [item for group in optimizer.param_groups for item in group["params"] if item.requires_grad]
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer.step()
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for parameter in parameters:
+            parameter.grad = None

@@ -1,0 +1,1 @@
+"""From the live adapter to files that are proven."""

@@ -1,0 +1,294 @@
+"""What is written as the adapter: gathered, compared across ranks and proven before an old file is replaced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.errors import AdapterError, message, warn
+from trainer_fsdp_patch.files import verify
+from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.planning.inventory import canonical
+from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared_for
+from trainer_fsdp_patch.saving import gathering, naming
+from trainer_fsdp_patch.shadowing import shadowed
+
+_SAVED: ContextVar[Prepared | None] = ContextVar("_SAVED", default=None)
+"""The model whose bare adapter a Trainer is saving."""
+
+
+@contextlib.contextmanager
+def gathered(model: Any, found: dict[str, Any] | None) -> Iterator[None]:
+    """Let a planned model answer `state_dict()` with what the ranks have gathered already.
+
+    Args:
+        model: a bare one.
+        found: what its save was given, or None.
+    """
+    if found is None or prepared_for(model) is None:
+        yield
+        return
+    with shadowed(model, state_dict=lambda *args, **kwargs: dict(found)):
+        yield
+
+
+@contextlib.contextmanager
+def saving(trainer: Any) -> Iterator[None]:
+    """Around a Trainer's save of a bare adapter: what is gathered inside is the adapter, and the base is not.
+
+    The answer stays whole where somebody may want more of it: a model of which the adapter is a part, which is written
+    tensor by tensor, or a `_save` of the user's own.
+
+    Args:
+        trainer: with a planned model.
+    """
+    prepared = prepared_by(trainer)
+    alone = inventory.is_saved_alone(inventory.bare(trainer.model))
+    own = getattr(type(trainer)._save, "__module__", "").partition(".")[0] != "transformers"
+    token = _SAVED.set(prepared if alone and not own else None)
+    try:
+        yield
+    finally:
+        _SAVED.reset(token)
+
+
+def state_dict(upstream: Callable[[], Any], accelerator: Any, model: Any) -> Any:
+    """The state dict of a planned model, or before training of one that is to be planned.
+
+    Args:
+        upstream: accelerate's own, with its arguments.
+        accelerator: the run's.
+        model: as wrapped by FSDP.
+
+    Returns:
+        Tensors on the CPU by canonical name. All of them, on rank 0, as upstream promises; inside our own save of a
+        bare adapter everything that its file may take tensors from, on all ranks.
+
+    Raises:
+        AdapterError: on all ranks, where ranks differ, and inside our own save where a value is not finite or something
+            would be missing.
+    """
+    prepared = prepared_for(model)
+    if prepared is None:
+        # Before train() there is nothing to gather, and FSDP1 fails for want of a unit.
+        return model.state_dict()
+    if _SAVED.get() is not prepared:
+        return _everything(upstream, accelerator, model, prepared)
+    return _adapter(accelerator, model, prepared)
+
+
+def _everything(upstream: Callable[[], Any], accelerator: Any, model: Any, prepared: Prepared) -> Any:
+    """What upstream gives; FSDP2 loses its way in layers that keep more in a state dict than tensors, as 8-bit ones."""
+    if prepared.plan.fsdp_version == 1:
+        found = upstream()
+        # FSDP1 neither moves what it ignores to the CPU, nor leaves it out where it gives nothing else.
+        values = on_cpu(found) if getattr(model, "rank", 0) == 0 else {}
+        found.clear()
+        found.update(values)
+        return found
+    if inventory.QUANTIZED not in prepared.roles.values():
+        return upstream()
+    found = {}
+    for name, value in model.state_dict().items():
+        with sync.collective("gathering of the model"):
+            whole = value.full_tensor() if isinstance(value, inventory.dtensor()) else value
+        if accelerator.is_main_process:
+            found[canonical(name)] = whole.detach().cpu() if hasattr(whole, "detach") else whole
+    return found
+
+
+def _adapter(accelerator: Any, model: Any, prepared: Prepared) -> dict[str, Any]:
+    """What an adapter's file may take its tensors from.
+
+    The adapter is whole on every rank, so no collective gathers the frozen base; only the embeddings are gathered,
+    which peft writes beside an adapter that targets or resizes them.
+    """
+    adapter = prepared.of_adapter()
+    sync.compare(list(adapter), list(adapter.values()), "before saving")
+    gathered = gathering.whole(model, prepared)
+    refuse_dead(adapter | gathered)
+    if prepared.liveness is not None:
+        prepared.liveness.warn_unmoved()
+    found = on_cpu(persistent(model, adapter) | gathering.aliased(prepared, gathering.stored(prepared, gathered)))
+    found |= on_cpu(added(inventory.bare(model), prepared))
+    prove(inventory.bare(model), found, prepared)
+    if accelerator.is_main_process:
+        warn_of_shards(found)
+    found.update(embeddings(model, set(found), kept=accelerator.is_main_process))
+    return found
+
+
+def added(model: Any, prepared: Prepared) -> dict[str, Any]:
+    """Tensors of adapters that came after the plan: a reference that a callback loads, the best of several files.
+
+    They may require gradients, for `set_adapter` asks for these. None was trained: a step that holds one is refused.
+    """
+    names = set(getattr(model, "peft_config", {})) - prepared.expected.keys()
+    return {
+        name: tensor
+        for name, _, _, _, tensor, owned in (inventory.named_tensors(model) if names else ())
+        if owned and not names.isdisjoint(name.split("."))
+    }
+
+
+def on_cpu(named: dict[str, Any]) -> dict[str, Any]:
+    """Copies on the CPU; a tensor that stands under several names is copied once."""
+    different = {id(item): item for item in named.values()}
+    copies = {key: item.detach().cpu() if hasattr(item, "detach") else item for key, item in different.items()}
+    return {name: copies[id(tensor)] for name, tensor in named.items()}
+
+
+def persistent(model: Any, adapter: dict[str, Any]) -> dict[str, Any]:
+    """The adapter's tensors under all their names, as a state dict has them: without non-persistent buffers."""
+    known = {id(tensor) for tensor in adapter.values()}
+    result = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if id(tensor) in known and key not in module._non_persistent_buffers_set:
+                result[canonical(f"{prefix}.{key}")] = tensor
+    return result
+
+
+def live(model: Any, prepared: Prepared) -> dict[str, Any]:
+    """The same, with what FSDP has sharded of it gathered; every rank takes part."""
+    return persistent(model, prepared.of_adapter()) | gathering.aliased(prepared, gathering.whole(model, prepared))
+
+
+def refuse_dead(adapter: dict[str, Any]) -> None:
+    """Refuse an adapter that cannot be right whatever is written of it.
+
+    Raises:
+        AdapterError: it has no tensor, or a value that is not finite.
+    """
+    import torch
+
+    if not adapter:
+        raise AdapterError(
+            message("adapter", "it has no tensor", "Nothing was written", "Check that the adapter is still attached")
+        )
+    floats = {name: tensor.detach() for name, tensor in adapter.items() if tensor.is_floating_point()}
+    # A sum is finite only if all values are, unless it overflows: then the values are looked at.
+    sums = [tensor.sum(dtype=torch.float32) for tensor in floats.values()]
+    if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
+        return
+    for name, tensor in floats.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(
+                message(
+                    name,
+                    f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are not finite",
+                    "Nothing was written, and the file of an earlier save is untouched",
+                    "Go back to the last good checkpoint and lower the learning rate or clip gradients",
+                ),
+                tensor=name,
+            )
+
+
+def warn_of_shards(found: dict[str, Any]) -> None:
+    """Say where an adapter has one rank's rows only: a run that began with such a file would hand it on."""
+    for key, _, text in verify.one_rank(found):
+        warn(
+            key,
+            text,
+            "It is written as it is, for that is what was trained",
+            "If the run began with a saved adapter, `python -m trainer_fsdp_patch verify` that one",
+        )
+
+
+def embedding_modules(model: Any) -> dict[str, Any]:
+    """Modules of the input and output embeddings by canonical name, as they stand in a model, wrapped or not."""
+    bare = inventory.bare(model)
+    getters = ("get_input_embeddings", "get_output_embeddings")
+    layers = [getattr(bare, getter)() for getter in getters if hasattr(bare, getter)]
+    wanted = {id(module) for layer in layers if layer is not None for module in layer.modules()}
+    return {canonical(name): module for name, module in model.named_modules() if id(module) in wanted}
+
+
+def embeddings(model: Any, known: set[str], *, kept: bool) -> dict[str, Any]:
+    """Weights of the input and output embeddings that are not known, whole; every rank takes part.
+
+    Args:
+        model: as wrapped by FSDP.
+        known: canonical names of what is not wanted.
+        kept: whether this rank keeps them, and does not only take part.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    modules = embedding_modules(model)
+    wanted = {id(module) for module in modules.values()}
+    result: dict[str, Any] = {}
+
+    def collect(named: Any) -> None:
+        for name, tensor in named:
+            if canonical(name).rpartition(".")[0] in modules and canonical(name) not in known:
+                whole = tensor.full_tensor() if isinstance(tensor, inventory.dtensor()) else tensor
+                if kept:
+                    result[canonical(name)] = whole.detach().cpu().clone()
+
+    with contextlib.ExitStack() as stack:
+        # With units by size an embedding may be one, or be in one.
+        for unit in model.modules():
+            if isinstance(unit, FullyShardedDataParallel) and any(id(module) in wanted for module in unit.modules()):
+                stack.enter_context(FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False))
+        collect(model.named_parameters())
+    return result
+
+
+def keys(model: Any, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What peft would write of a state dict, by adapter: {} for models that keep adapters in another way."""
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    options = {"state_dict": found, "save_embedding_layers": False}
+    return {
+        adapter: naming.call_with_canonical_names(get_peft_model_state_dict, model, adapter_name=adapter, **options)
+        for adapter in getattr(model, "peft_config", {})
+    }
+
+
+def note_keys(prepared: Prepared, entries: dict[str, dict[str, Any]]) -> None:
+    """Keep which keys the file of each adapter has to have."""
+    prepared.expected = {adapter: set(entry) for adapter, entry in entries.items()}
+
+
+def expect(model: Any, prepared: Prepared) -> None:
+    """Note before wrapping which keys a save has to have, and warn of what trains without being saved."""
+    found = live(model, prepared)
+    entries = keys(model, found)
+    note_keys(prepared, entries)
+    written = {id(tensor) for entry in entries.values() for tensor in entry.values()}
+    for item in (*prepared.plan.set_aside, *prepared.plan.sharded):
+        names = [name for name in item.tensor.names if name in found]
+        lost = item.tensor.role == inventory.ADAPTER and not item.tensor.owned
+        if entries and lost and not any(id(found[name]) in written for name in names):
+            warn(
+                item.tensor.name,
+                "trainable, but part of no adapter",
+                "It is trained and averaged, and peft does not write it into the adapter file",
+                "Add its module to modules_to_save, or freeze it",
+            )
+
+
+def prove(model: Any, found: dict[str, Any], prepared: Prepared) -> None:
+    """Check that peft would write from a state dict what it would have written before wrapping.
+
+    Raises:
+        AdapterError: on all ranks, naming the first key that is missing or too much.
+    """
+    for adapter, entry in keys(model, found).items():
+        if adapter not in prepared.expected:
+            continue
+        differing = sorted(set(entry) ^ prepared.expected[adapter])
+        if differing:
+            raise AdapterError(
+                message(
+                    differing[0],
+                    f"{'not expected' if differing[0] in entry else 'missing'} in the file of adapter {adapter!r}, "
+                    f"as {len(differing) - 1} more keys",
+                    "Nothing was written, and the file of an earlier save is untouched",
+                    "Report this with the versions that `python -m trainer_fsdp_patch status` prints",
+                ),
+                tensor=differing[0],
+            )

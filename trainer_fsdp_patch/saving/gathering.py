@@ -1,0 +1,160 @@
+"""Trainable tensors that FSDP has sharded: whole for a save, and each rank's part after a load."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from trainer_fsdp_patch import sync, versions
+from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
+
+
+def whole(model: Any, prepared: Prepared) -> dict[str, Any]:
+    """Sharded trainable tensors, gathered: on every rank, by canonical name; every rank takes part.
+
+    Args:
+        model: as prepared by accelerate, or before that.
+        prepared: its record.
+    """
+    found: dict[str, Any] = {}
+    if prepared.sharded:
+        with _summoned(model, writeback=False):
+            for name, tensor in _named(model, prepared):
+                with sync.collective("gathering of the adapter"):
+                    gathered = tensor.full_tensor() if isinstance(tensor, inventory.dtensor()) else tensor
+                found[name] = gathered.detach().clone()
+    return found
+
+
+def stored(prepared: Prepared, named: dict[str, Any]) -> dict[str, Any]:
+    """The same tensors in the dtypes that they were given, or cast to; accelerate trains sharded ones in fp32."""
+    import torch
+
+    if prepared.cast is not None:
+        return {name: tensor.to(prepared.cast) for name, tensor in named.items()}
+    dtypes = {item.tensor.name: getattr(torch, item.tensor.dtype) for item in prepared.plan.sharded}
+    return {name: tensor.to(dtypes[name]) for name, tensor in named.items()}
+
+
+def dtype(model: Any, prepared: Prepared) -> Any:
+    """Of the sharded tensors as FSDP holds them, or None where there are none."""
+    flat = [unit._handle.flat_param for unit in own_units(model) if unit._handle]
+    held = flat or [tensor for _, tensor in _named(model, prepared)]
+    return held[0].dtype if held else None
+
+
+def own_units(model: Any) -> list[Any]:
+    """FSDP1's units of trainable modules, in a model of which some are sharded."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    prepared = prepared_for(model)
+    if prepared is None or not prepared.sharded or prepared.plan.fsdp_version != 1:
+        return []
+    found = []
+    for name, module in inventory.bare(model).named_modules():
+        prefix = f"{inventory.canonical(name)}."
+        if isinstance(module, FullyShardedDataParallel) and any(item.startswith(prefix) for item in prepared.sharded):
+            found.append(module)
+    return found
+
+
+def names_of(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What stands for the state dict of a unit where only its keys are asked for."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {inventory.canonical(name): tensor for name, tensor in named}
+
+
+def templates(prepared: Prepared) -> dict[str, Any]:
+    """Empty tensors in the place of the sharded ones, by canonical name; no rank has to take part."""
+    import torch
+
+    return {
+        item.tensor.name: torch.empty(item.tensor.shape, dtype=getattr(torch, item.tensor.dtype))
+        for item in prepared.plan.sharded
+    }
+
+
+def aliased(prepared: Prepared, named: dict[str, Any]) -> dict[str, Any]:
+    """The same tensors by all the names that a state dict has for them."""
+    return {
+        alias: named[item.tensor.name]
+        for item in prepared.plan.sharded
+        for alias in item.tensor.names
+        if item.tensor.name in named
+    }
+
+
+def put(model: Any, prepared: Prepared, values: dict[str, Any]) -> None:
+    """Give each rank its part of the values that rank 0 has read; every rank takes part.
+
+    Args:
+        model: as prepared by accelerate.
+        prepared: its record.
+        values: by canonical name; what is absent on rank 0 stays as it is.
+    """
+    import torch
+
+    wanted = sync.everyone(sorted(values), "load of a checkpoint")[0] if prepared.sharded else []
+    if not wanted:
+        return
+    with torch.no_grad(), _summoned(model, writeback=True):
+        for name, tensor in _named(model, prepared):
+            if name not in wanted:
+                continue
+            sharded = isinstance(tensor, inventory.dtensor())
+            local = tensor.to_local() if sharded else tensor
+            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=local.device)
+            if name in values:
+                value.copy_(values[name])
+            sync.broadcast([value])
+            if sharded:
+                # Every rank has all of it now, so each takes its part without another collective.
+                local.copy_(part(tensor, value))
+            else:
+                tensor.copy_(value)
+
+
+def part(tensor: Any, value: Any) -> Any:
+    """This rank's part of a full value that every rank has, laid out as a sharded tensor is; all take part."""
+    from torch.distributed.tensor import distribute_tensor
+
+    # until torch 2.7: rank 0 hands the parts out, where each could take its own
+    alone: dict[str, Any] = {"src_data_rank": None} if versions.at_least("torch", "2.7.0") else {}
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements, **alone).to_local()
+
+
+def _named(model: Any, prepared: Prepared) -> list[tuple[str, Any]]:
+    """In the order of the plan, which all ranks share."""
+    wanted = set(prepared.sharded)
+    found = {
+        inventory.canonical(name): tensor
+        for name, tensor in inventory.bare(model).named_parameters(remove_duplicate=False)
+        if inventory.canonical(name) in wanted
+    }
+    return [(name, found[name]) for name in prepared.sharded if name in found]
+
+
+def make_root(model: Any) -> None:
+    """Have FSDP1 know its root: the first unit that is summoned becomes one for good, so the real one comes first."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if getattr(model, "_is_root", None) is None:
+        with FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False):
+            pass
+
+
+@contextlib.contextmanager
+def _summoned(model: Any, *, writeback: bool) -> Iterator[None]:
+    """FSDP1's units that train something, whole; FSDP2 needs no such thing."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    summon = FullyShardedDataParallel.summon_full_params
+    units = own_units(model)
+    if units:
+        make_root(model)
+    with contextlib.ExitStack() as stack:
+        for module in units:
+            stack.enter_context(summon(module, recurse=False, writeback=writeback))
+        yield

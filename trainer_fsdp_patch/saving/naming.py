@@ -1,0 +1,44 @@
+"""Lets peft see a wrapped model by canonical names, which those of its state dict are."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import wrapt
+
+from trainer_fsdp_patch.planning.inventory import canonical
+from trainer_fsdp_patch.saving import gathering
+from trainer_fsdp_patch.shadowing import shadowed
+
+
+class CanonicalNames(wrapt.ObjectProxy):  # type: ignore[misc]
+    """A model whose module, parameter and buffer names lack the segments that wrappers put in."""
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        return ((canonical(name), module) for name, module in self.__wrapped__.named_modules(*args, **kwargs))
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return ((canonical(name), item) for name, item in self.__wrapped__.named_parameters(*args, **kwargs))
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
+        return ((canonical(name), item) for name, item in self.__wrapped__.named_buffers(*args, **kwargs))
+
+
+def with_canonical_names(model: Any) -> Any:
+    """The model itself, or a proxy with canonical names where a wrapper sits somewhere inside it."""
+    wrapped = any(canonical(name) != name for name, _ in model.named_modules())
+    return CanonicalNames(model) if wrapped else model
+
+
+def call_with_canonical_names(function: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call one of peft's functions with a model whose names are those of a state dict.
+
+    peft asks modules_to_save for their state dict, of which it needs the names: one rank saves, so none may gather.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in gathering.own_units(model):
+            stack.enter_context(shadowed(module, state_dict=functools.partial(gathering.names_of, module)))
+        return function(with_canonical_names(model), *args, **kwargs)

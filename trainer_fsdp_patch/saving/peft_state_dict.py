@@ -1,0 +1,151 @@
+"""What peft's `get_peft_model_state_dict` gives of a planned model: to a save, to one rank alone, of a user's dict."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.errors import AdapterError, message, warn
+from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.planning.inventory import canonical
+from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
+from trainer_fsdp_patch.saving import checkpoint, gathering, naming
+
+if TYPE_CHECKING:
+    import torch
+
+_FLAT = "_flat_param"
+
+
+def answer(upstream: Callable[..., Any], arguments: dict[str, Any], *, to_file: bool) -> Any:
+    """What peft's `get_peft_model_state_dict` gives of a planned model.
+
+    Without a state dict the answer takes no collective: the adapter is whole on each rank, so that one of them may ask
+    alone. Only what FSDP has sharded of it needs all ranks.
+
+    Args:
+        upstream: peft's function.
+        arguments: its arguments by name.
+        to_file: whether the answer is about to be written.
+
+    Returns:
+        Tensors by the keys of an adapter file.
+
+    Raises:
+        AdapterError: something sharded is asked for and the other ranks do not ask; what was given has one rank's part
+            of a tensor; or, on the main process, nothing of the adapter is about to be written.
+
+    https://github.com/huggingface/peft/issues/286
+    """
+    prepared = prepared_for(arguments["model"])
+    assert prepared is not None
+
+    def call(found: dict[str, Any]) -> Any:
+        others = {key: value for key, value in arguments.items() if key not in ("model", "state_dict")}
+        return naming.call_with_canonical_names(upstream, arguments["model"], state_dict=found, **others)
+
+    given = arguments.get("state_dict")
+    if given is None and "state_dict" in vars(inventory.bare(arguments["model"])):
+        # A user has put a function of their own there, as alpaca-lora's script does, or a save what it has gathered.
+        return call(inventory.bare(arguments["model"]).state_dict())
+    if given is None:
+        return _asked(call, arguments["model"], prepared)
+    if not given and not sync.is_main():
+        # Only the main process has a full state dict, and some of peft's methods fail for want of a key.
+        return {}
+    found = given
+    if any(canonical(key) != key for key in given):
+        found = {canonical(key): value for key, value in given.items()}
+    parts = _parts(found, prepared)
+    result = call(found)
+    if sync.is_main():
+        _look_at(result, parts, given, to_file=to_file)
+    return result
+
+
+def _asked(call: Callable[[dict[str, Any]], Any], model: Any, prepared: Prepared) -> Any:
+    """The answer without a state dict: first with empty tensors for what is sharded, to see whether any is asked."""
+    bare = inventory.bare(model)
+    own = checkpoint.persistent(bare, prepared.of_adapter()) | checkpoint.added(bare, prepared)
+    own = {name: tensor.detach() for name, tensor in own.items()}
+    result = call(own | _empty(bare, prepared, set(own)))
+    asked = sorted(key for key, value in result.items() if isinstance(value, absent()))
+    if not asked:
+        return result
+    sync.meet(
+        f"save of {asked[0]}",
+        "it is sharded by FSDP, and not all ranks have asked for it",
+        "Nothing was written: one rank alone would wait for the others for ever",
+        "Call this on every rank, or save with Trainer.save_model()",
+    )
+    wrapped = prepared.wrapped()
+    whole = gathering.stored(prepared, gathering.whole(wrapped, prepared))
+    own |= gathering.aliased(prepared, whole)
+    return call(own | checkpoint.embeddings(wrapped, set(own), kept=True))
+
+
+@functools.cache
+def absent() -> type[torch.Tensor]:
+    """Class of tensors that stand for others: whatever torch makes of one is one."""
+    import torch
+
+    return type("Absent", (torch.Tensor,), {})
+
+
+def _empty(model: Any, prepared: Prepared, known: set[str]) -> dict[str, Any]:
+    """Tensors without memory in the place of what is sharded and a file may have."""
+    import torch
+
+    def empty(*shape: int) -> Any:
+        return torch.zeros(()).expand(shape).as_subclass(absent())
+
+    found = {item.tensor.name: empty(*item.tensor.shape) for item in prepared.plan.sharded}
+    found = gathering.aliased(prepared, found)
+    modules = checkpoint.embedding_modules(model)
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        # FSDP1's flat parameter knows the names of what is in it.
+        prefix = name.removesuffix(_FLAT)
+        names = [f"{prefix}{item}" for item in getattr(tensor, "_fqns", ())] or [name]
+        for item in map(canonical, names):
+            if item.rpartition(".")[0] in modules and item not in known | found.keys():
+                found[item] = empty(0)
+    return found
+
+
+def _parts(found: dict[str, Any], prepared: Prepared) -> list[str]:
+    """Tensors of the adapter of which a state dict has what one rank holds."""
+    parts = []
+    for item in prepared.plan.sharded:
+        for name in item.tensor.names:
+            if tuple(getattr(found.get(name), "shape", item.tensor.shape)) != tuple(item.tensor.shape):
+                parts.append(name)
+    return parts
+
+
+def _look_at(result: dict[str, Any], parts: list[str], given: dict[str, Any], *, to_file: bool) -> None:
+    """Refuse, or outside of a save warn of, an answer that one process would not give.
+
+    Raises:
+        AdapterError: it is about to be written.
+    """
+    if parts:
+        said = (
+            parts[0],
+            f"the given state dict has one rank's part of it, and of {len(parts) - 1} more sharded tensors",
+            "An adapter with it cannot be loaded",
+            "Give accelerator.get_state_dict(model), or save with Trainer.save_model()",
+        )
+    elif not result:
+        said = (
+            "adapter",
+            f"the given state dict of {len(given)} tensors has none of it",
+            "A file without tensors would take the place of the adapter",
+            "Give accelerator.get_state_dict(model), or leave state_dict out",
+        )
+    else:
+        return
+    if to_file:
+        raise AdapterError(message(*said), tensor=parts[0] if parts else "")
+    warn(*said)

@@ -1,0 +1,167 @@
+"""Adapter files are written beside the old ones, read back, and only then put in their place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.errors import AdapterError, message, warn
+from trainer_fsdp_patch.files import reading
+from trainer_fsdp_patch.planning.prepared import any_prepared, prepared_by
+
+
+def tensors(upstream: Callable[..., Any], values: dict[str, Any], filename: Any, metadata: Any = None) -> None:
+    """Write a safetensors file whole, or leave the one that was there.
+
+    Args:
+        upstream: safetensors' `save_file`.
+        values: tensors by key.
+        filename: where the file belongs.
+        metadata: of the file.
+
+    Raises:
+        AdapterError: it could not be written, or what was written is not what was to be; or, on the main process, there
+            is no tensor to write. The others leave such a file out.
+    """
+    if not any_prepared() or not os.path.basename(filename).startswith("adapter_model"):
+        upstream(values, filename, metadata=metadata)
+        return
+    if not values:
+        _refuse_empty(filename)
+        return
+    # A link into another folder stays one.
+    target = Path(os.path.realpath(filename))
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        upstream(values, str(beside), metadata=metadata)
+        equal(beside, values)
+        _settle(beside, target)
+    except AdapterError:
+        raise
+    except Exception as error:
+        raise _lost(target, error) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _refuse_empty(filename: Any) -> None:
+    said = (
+        str(filename),
+        "there is no tensor to write",
+        "The file of an earlier save is untouched",
+        "Give accelerator.get_state_dict(model), which the main process alone has, or leave state_dict out",
+    )
+    if sync.is_main():
+        raise AdapterError(message(*said))
+    warn(*said)
+
+
+def folder(upstream: Callable[..., Any], save_directory: Any, **kwargs: Any) -> Any:
+    """Let a function that writes small files into a folder write them whole, or leave those that were there.
+
+    Args:
+        upstream: takes the folder and keyword arguments.
+        save_directory: where the files belong; it exists.
+        **kwargs: for `upstream`.
+
+    Raises:
+        AdapterError: they could not be written.
+    """
+    if not any_prepared() or not os.path.isdir(save_directory):
+        return upstream(save_directory, **kwargs)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=save_directory) as beside:
+            result = upstream(beside, **kwargs)
+            for item in sorted(Path(beside).iterdir()):
+                _settle(item, Path(os.path.realpath(Path(save_directory) / item.name)))
+    except OSError as error:
+        raise _lost(Path(save_directory), error) from error
+    return result
+
+
+def _settle(beside: Path, target: Path) -> None:
+    """Have the bytes on the disk before the name says so."""
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(beside, target)
+
+
+def equal(path: Path, values: dict[str, Any]) -> None:
+    """Read a file back and hold it against what was to be written.
+
+    Raises:
+        AdapterError: naming the first key that is missing or has other bits.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        wrong = sorted(set(file.keys()) ^ set(values))
+        for key in () if wrong else values:
+            if not reading.same_bits(file.get_tensor(key), values[key].detach().cpu()):
+                wrong.append(key)
+    if wrong:
+        text = message(
+            wrong[0],
+            f"the file that was read back differs from the adapter in it and in {len(wrong) - 1} more tensors",
+            "The file of an earlier save is untouched",
+            "Check the disk that the adapter is saved on, and save again",
+        )
+        raise AdapterError(text, tensor=wrong[0])
+
+
+def _lost(target: Path, error: Exception) -> AdapterError:
+    found = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return AdapterError(
+        message(
+            str(target),
+            f"could not be written: {found}",
+            "The file of an earlier save is untouched",
+            "Free space or choose an output_dir that can be written to, and resume from the last checkpoint",
+        )
+    )
+
+
+@contextlib.contextmanager
+def together(trainer: Any) -> Iterator[None]:
+    """Around a save that one rank makes and all wait for: where it fails, every rank raises.
+
+    Args:
+        trainer: whose model is saved; nothing happens where no plan was applied to it.
+
+    Raises:
+        AdapterError: on the other ranks, with what the first one that failed has said.
+    """
+    if prepared_by(trainer) is None:
+        yield
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except OSError as error:
+        failure = _lost(Path(error.filename or trainer.args.output_dir), error)
+        failure.__cause__ = error
+    except Exception as error:
+        failure = error
+    _agree(failure, trainer.accelerator.device)
+
+
+def _agree(failure: Exception | None, device: Any) -> None:
+    """One all-reduce where nobody has failed."""
+    said = "" if failure is None else str(failure) or type(failure).__name__
+    try:
+        if not sync.anywhere(failure is not None, device, "save of the adapter"):
+            return
+        everyone = sync.everyone(said, "save of the adapter")
+    finally:
+        if failure is not None:
+            raise failure
+    failed = [(rank, text) for rank, text in enumerate(everyone) if text]
+    if failed:
+        rank, text = failed[0]
+        consequence, remedy = "This rank stops with it", "See the log of that rank"
+        raise AdapterError(message(f"save on rank {rank}", text.rstrip("."), consequence, remedy))

@@ -1,0 +1,1 @@
+"""Tiny runs on forked ranks, for `check` and the tests; no patch uses it."""

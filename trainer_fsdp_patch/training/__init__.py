@@ -1,0 +1,1 @@
+"""What happens to a planned model from its first forward to its last step."""

@@ -1,0 +1,139 @@
+"""`auto_find_batch_size` under FSDP: after an out-of-memory error the next try trains the model that is wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.errors import RankError, message
+from trainer_fsdp_patch.planning import footprint, inventory
+from trainer_fsdp_patch.planning.prepared import prepared_by, prepared_for
+
+PATIENCE = 60.0
+"""Seconds that a rank without memory waits for the others to be without it too."""
+
+_MARK = "trainer_fsdp_patch/memory"
+"""Key of torch's store under which a rank says that it ran out, and of what batch size."""
+
+
+def attempt(upstream: Callable[[], Any], trainer: Any, batch_size: Any) -> Any:
+    """One try of the training loop; after one that ran out of memory, FSDP is ready for the next.
+
+    Args:
+        upstream: the loop. accelerate calls it again, at a smaller batch size, after the error.
+        trainer: whose loop it is.
+        batch_size: of this try, for each device.
+
+    Raises:
+        RankError: this rank ran out of memory and others did not, or the other way round.
+    """
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    try:
+        return upstream()
+    except Exception as error:
+        if prepared_by(trainer) is None or sync.store() is None:
+            raise
+        if should_reduce_batch_size(error):
+            _agree(batch_size, error)
+            _recover(trainer)
+        elif isinstance(error, RuntimeError):
+            _look_for_others(error)
+        raise
+
+
+def _agree(batch_size: Any, error: Exception) -> None:
+    """Say that this rank ran out of memory, and wait for the others to say so."""
+    import torch.distributed as dist
+
+    said = f"rank {dist.get_rank()} ran out of memory at a batch size of {batch_size}"
+    # In this order: once all ranks are there, nobody is going to set the mark that rank 0 takes away.
+    sync.store().set(_MARK, said)
+    others = sync.missing(f"{_MARK}/together", PATIENCE)
+    if others:
+        raise _alone(said, others) from error
+    if sync.is_main():
+        sync.store().delete_key(_MARK)
+
+
+def _look_for_others(error: RuntimeError) -> None:
+    """Blame the rank that ran out of memory, where this one was waiting for it."""
+    import torch.distributed as dist
+
+    store = sync.store()
+    try:
+        found = store.get(_MARK).decode() if store.check([_MARK]) else ""
+    except RuntimeError:
+        # Rank 0 had the store, and has ended.
+        found = ""
+    if found:
+        raise _alone(found, [dist.get_rank()]) from error
+
+
+def _alone(found: str, others: list[int]) -> RankError:
+    return RankError(
+        message(
+            "auto_find_batch_size",
+            f"{found} per device, and rank {', '.join(map(str, others))} did not",
+            "Those that did not are inside a step that needs all ranks, so that no smaller batch can be tried",
+            "Start again with a smaller per_device_train_batch_size, or give all ranks rows of one length",
+        )
+    )
+
+
+def _recover(trainer: Any) -> None:
+    """Bring FSDP's units to where they are between two steps, of which a part was taken."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, _runtime_utils
+
+    prepared, model = prepared_by(trainer), trainer.model
+    assert prepared is not None
+    if prepared.averaging is not None:
+        prepared.averaging.forget()
+    for module in model.modules():
+        # Neither version knows its root before the first forward.
+        if isinstance(module, FullyShardedDataParallel):
+            if module._is_root:
+                _runtime_utils._post_backward_final_callback(module, module)
+        elif getattr(getattr(module, "_get_fsdp_state", dict)(), "_is_root", False):
+            _reset(module)
+    for module in model.modules():
+        for group in footprint.groups(module):
+            _forget_gradients(group)
+    model.zero_grad()
+
+
+def _forget_gradients(group: Any) -> None:
+    """Of full parameters of FSDP2's, which it keeps until it has reduced them; no reset of torch's reaches those."""
+    for item in group.fsdp_params:
+        if hasattr(item, "_unsharded_param"):
+            item._unsharded_param.grad = None
+        item.unsharded_accumulated_grad = None
+
+
+def _reset(module: Any) -> None:
+    """The same under FSDP2."""
+    # until torch 2.13
+    if hasattr(module, "reset_iter_state"):
+        module.reset_iter_state()
+        return
+    state = module._get_fsdp_state()
+    state._root_post_backward_final_callback()
+    state._state_ctx.iter_forward_root = None
+    for part in module.modules():
+        if hasattr(part, "reshard"):
+            part.reshard()
+
+
+def keep_wrapped(upstream: Callable[..., Any], model: Any, recursive: bool = False) -> Any:
+    """The same model, where units would be taken out whose parameters FSDP1 has flattened.
+
+    Without its units the model has shards of flat parameters in the place of its weights.
+
+    Args:
+        upstream: transformers' `unwrap_model`.
+        model: to unwrap.
+        recursive: whether units inside are to be taken out too.
+    """
+    wrapped = recursive and prepared_for(model) is not None and inventory.fsdp_version(model) == 1
+    return model if wrapped else upstream(model, recursive=recursive)

@@ -1,0 +1,69 @@
+"""Casts of a model that FSDP has run already: `bf16_full_eval`, `model.to(dtype)`, `half()`.
+
+FSDP reads the dtype of what it shards before its first forward, and takes room to gather it of that dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from trainer_fsdp_patch.planning import footprint, inventory
+from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
+from trainer_fsdp_patch.saving import gathering
+
+
+def applied(upstream: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Move or cast a planned model, and have FSDP read the dtypes again.
+
+    Args:
+        upstream: the `_apply` of FSDP's class, which goes through all tensors.
+        model: wrapped by FSDP, planned.
+        *args: for upstream.
+        **kwargs: for upstream.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    prepared = prepared_for(model)
+    assert prepared is not None
+    before = gathering.dtype(model, prepared)
+    result = upstream(*args, **kwargs)
+    after = gathering.dtype(model, prepared)
+    if after != before:
+        prepared.cast = after
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            _read_flat(module._handle)
+        for group in footprint.groups(module):
+            _read_group(group)
+    _look_up(prepared)
+    return result
+
+
+def _read_flat(handle: Any) -> None:
+    """Have a unit of FSDP1 take room for shards of another dtype; before the first forward it has taken none."""
+    shard = None if handle is None else getattr(handle.flat_param, "_local_shard", None)
+    if shard is not None and shard.dtype != handle.flat_param.dtype:
+        handle.init_flat_param_attributes()
+
+
+def _read_group(group: Any) -> None:
+    """The same for a group of FSDP2."""
+    cast = [
+        item for item in group.fsdp_params if getattr(item, "orig_dtype", None) not in (None, item.sharded_param.dtype)
+    ]
+    for item in cast:
+        item.all_gather_outputs = []
+        vars(item).pop("_unsharded_param", None)
+    if cast:
+        group._init_mp_dtypes()
+
+
+def _look_up(prepared: Prepared) -> None:
+    """Find the tensors that are FSDP's no part again: buffers are other objects after a move.
+
+    Not while FSDP2 takes the model: they are hidden then.
+    """
+    here = {name for name, *_ in inventory.named_tensors(prepared.model())}
+    if here.issuperset(prepared.roles):
+        prepared.refresh()

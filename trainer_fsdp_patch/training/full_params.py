@@ -1,0 +1,94 @@
+"""FSDP1's `summon_full_params` around a planned model: a forward inside it leaves the units as they were summoned."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from trainer_fsdp_patch.planning.prepared import prepared_with
+from trainer_fsdp_patch.shadowing import shadowed
+
+
+def summoned(upstream: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Full parameters that a forward does not shard again.
+
+    FSDP1 writes what is summoned back at the end. A forward inside has sharded it by then, so that each rank
+    would write a slice of its own shard over the start of it.
+
+    Args:
+        upstream: torch's `summon_full_params`.
+        module: as given to it.
+        *args: for upstream.
+        **kwargs: for upstream.
+
+    Returns:
+        A context manager; upstream's own where the module has nothing to do with a planned model.
+    """
+    context = upstream(module, *args, **kwargs)
+    return _kept_whole(context, module) if _planned_units(module) else context
+
+
+def _planned_units(module: Any) -> list[Any]:
+    """FSDP1's units in a module that belong to planned models."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    units = [item for item in module.modules() if isinstance(item, FullyShardedDataParallel)]
+    return [item for item in units if prepared_with(item) is not None]
+
+
+@contextlib.contextmanager
+def _kept_whole(context: Any, module: Any) -> Iterator[None]:
+    with context:
+        units = [unit for unit in _planned_units(module) if _is_summoned(unit)]
+        states = {id(unit): unit._handle._training_state for unit in units}
+        try:
+            with contextlib.ExitStack() as stack:
+                for unit in units:
+                    ours = {"forward": functools.partial(_forward, unit, unit.forward, states[id(unit)])}
+                    if "generate" in vars(unit):
+                        # It gathers the root's parameters, which are here, by a forward of the root.
+                        ours["generate"] = unit._fsdp_wrapped_module.generate
+                    stack.enter_context(shadowed(unit, **ours))
+                    stack.enter_context(shadowed(unit._handle, reshard=_stay_whole))
+                yield
+        finally:
+            for unit in units:
+                _restore(unit, states[id(unit)])
+
+
+def _is_summoned(unit: Any) -> bool:
+    """Whether this rank holds the full parameters of a unit, as it does not on others with `rank0_only`."""
+    handle = unit._handle
+    if handle is None or not handle.uses_sharded_strategy:
+        return False
+    return handle._training_state.name == "SUMMON_FULL_PARAMS" and not handle.is_sharded(handle.flat_param)
+
+
+def _stay_whole(free_unsharded_flat_param: bool) -> None:
+    """In place of a unit's `reshard`."""
+
+
+def _forward(unit: Any, upstream: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) -> Any:
+    """Forward of a unit whose parameters are full: nothing has to be gathered, so one rank can do it alone."""
+    import torch
+
+    if not torch.is_grad_enabled() and unit._handle.flat_param.device == unit.compute_device:
+        return unit._fsdp_wrapped_module(*args, **kwargs)
+    # A backward pass needs the hooks that FSDP1 registers in its own forward.
+    result = upstream(*args, **kwargs)
+    _restore(unit, state)
+    return result
+
+
+def _restore(unit: Any, state: Any) -> None:
+    """Have a unit's parameters be those that were summoned, in full precision, after FSDP1 used others."""
+    handle = unit._handle
+    if handle._training_state == state:
+        return
+    if handle._uses_param_mixed_precision and not handle._force_full_precision:
+        handle._free_unsharded_flat_param()
+    handle._training_state = state
+    handle._use_unsharded_flat_param(handle._get_padded_unsharded_flat_param())
+    handle._use_unsharded_views(as_params=True)

@@ -1,0 +1,186 @@
+"""When the gradients of a replicated adapter are averaged: at the end of a backward pass, whoever calls it.
+
+As DDP does it, hooks see a pass begin and have autograd call back once it has ended: `loss.backward()`, several passes
+a step and a `.grad` that is read before the step all find averages. accelerate's flag says which passes synchronise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from trainer_fsdp_patch.planning import footprint
+
+
+class Averaging:
+    """Averages replicated gradients once for each backward pass that synchronises.
+
+    Args:
+        parameters: the replicated trainable ones.
+        average: does it; all ranks call it alike.
+        synchronises: whether the pass that ends now is one to average after.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Any], average: Callable[[], None], synchronises: Callable[[], bool]
+    ) -> None:
+        self.average, self.synchronises = average, synchronises
+        self.deferred = False
+        self.pending: set[int] = set()
+        self._queued = False
+        self._reached: Any = None
+        self.note(parameters)
+
+    def note(self, parameters: Iterable[Any]) -> None:
+        """Notice when these get gradients, those of them that train."""
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._note)
+
+    def begin_forward(self) -> None:
+        """Forget a pass that an exception has ended before autograd could call back."""
+        import torch
+
+        if torch._C._current_graph_task_id() == -1:
+            self._queued, self._reached = False, None
+
+    def begin(self, gradient: Any) -> None:
+        """Hook of the model's outputs: they are the first to be reached, outside of any checkpointed region.
+
+        A checkpointed region runs a pass of its own within the pass, and its end would be too early.
+        """
+        import torch
+
+        if self.deferred or self._queued:
+            return
+        self._reached = torch._C._current_autograd_node()
+        self._queue()
+
+    def _note(self, parameter: Any) -> None:
+        self.pending.add(id(parameter))
+        if not self.deferred and not self._queued:
+            self._queue()
+
+    def _queue(self) -> None:
+        import torch
+
+        self._queued = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        node, self._reached, self._queued = self._reached, None, False
+        # A rank whose loss misses the adapter has to take part in what other ranks average.
+        if (self.pending or (node is not None and _accumulates(node))) and self.synchronises():
+            self.finish()
+
+    def forget(self) -> None:
+        """Forget a pass that an exception has ended, and what it has accumulated."""
+        self._queued = self.deferred = False
+        self._reached = None
+        self.pending.clear()
+
+    def finish(self) -> None:
+        """Average now."""
+        self.average()
+        self.pending.clear()
+
+
+def _accumulates(node: Any) -> bool:
+    """Whether the pass that ends now is a `backward()`, which accumulates in every leaf, and no `autograd.grad()`.
+
+    Args:
+        node: of the graph, which the pass has run. Some leaf lies below it.
+    """
+    import torch
+
+    seen, waiting = set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad":
+            try:
+                return bool(torch._C._will_engine_execute_node(node))
+            except RuntimeError:
+                # It is an input of `autograd.grad()`; autograd does not answer for those.
+                return False
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def backward(upstream: Callable[..., Any], accelerator: Any, averaging: Iterable[Averaging]) -> Any:
+    """Around `Accelerator.backward`, which all ranks call alike: all models are averaged in one order after it.
+
+    So a rank whose loss reaches none of an adapter still takes part.
+
+    Args:
+        upstream: to be called without arguments.
+        accelerator: whose flag says whether this pass synchronises.
+        averaging: of each planned model that it holds.
+    """
+    models = list(averaging)
+    for item in models:
+        item.deferred = True
+    try:
+        result = upstream()
+    finally:
+        for item in models:
+            item.deferred = False
+    if accelerator.sync_gradients:
+        for item in models:
+            item.finish()
+    return result
+
+
+def synchronises(accelerator: Callable[[], Any], model: Callable[[], Any]) -> bool:
+    """Whether a pass that ends now is averaged: accelerate's flag, and FSDP's own where its `no_sync()` is used alone.
+
+    Args:
+        accelerator: returns the run's, or None where it is gone.
+        model: returns the planned one, bare.
+    """
+    from trainer_fsdp_patch.planning.inventory import bare
+
+    owner, planned = accelerator(), model()
+    if owner is None or planned is None:
+        return True
+    if not owner.sync_gradients:
+        return False
+    wrapped = next((item for item in owner._models if bare(item) is planned), planned)
+    return all(_flags(wrapped))
+
+
+def _flags(model: Any) -> list[bool]:
+    """FSDP's flag of the first unit that has one; `no_sync()` sets those of all."""
+    for module in model.modules():
+        if "_sync_gradients" in vars(module):
+            return [bool(vars(module)["_sync_gradients"])]
+        for group in footprint.groups(module):
+            return [bool(getattr(group, "reduce_grads", True))]
+    return []
+
+
+def watch_outputs(module: Any, args: Any, output: Any) -> None:
+    """Forward hook of a planned model. It is a function of a module, so that models with it can be pickled.
+
+    Args:
+        module: whose forward has run; a copy of the planned model has the hook and no record.
+        args: of the forward.
+        output: tensors, or a structure of them.
+    """
+    import torch
+    from torch.utils import _pytree
+
+    from trainer_fsdp_patch.planning.prepared import prepared_for
+
+    compiling = getattr(torch.compiler, "is_compiling", lambda: False)()
+    if compiling or not torch.is_grad_enabled():
+        return
+    prepared = prepared_for(module)
+    if prepared is None or prepared.model() is not module or prepared.averaging is None:
+        return
+    prepared.averaging.begin_forward()
+    for item in _pytree.tree_leaves(output):
+        if isinstance(item, torch.Tensor) and item.requires_grad:
+            item.register_hook(prepared.averaging.begin)  # type: ignore[no-untyped-call]

@@ -1,0 +1,88 @@
+"""A layer into which an adapter is merged, or out of which it is taken: full meanwhile, and its shards hold the result.
+
+peft adds to `weight.data`, of which a rank has a part. One layer is gathered at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.planning.prepared import Prepared, prepared_with
+from trainer_fsdp_patch.saving import gathering
+
+
+@contextlib.contextmanager
+def gathered(layer: Any) -> Iterator[None]:
+    """Around a change of a layer's weights in place, by all ranks alike.
+
+    Args:
+        layer: of a planned model.
+    """
+    prepared = prepared_with(layer)
+    assert prepared is not None
+    context = _full_views(layer, prepared) if prepared.plan.fsdp_version == 1 else _full_tensors(layer, prepared)
+    with context:
+        yield
+
+
+@contextlib.contextmanager
+def _full_tensors(layer: Any, prepared: Prepared) -> Iterator[None]:
+    """FSDP2: plain parameters stand in the place of sharded ones."""
+    import torch
+
+    for unit in prepared.model().modules():
+        # The root keeps its parameters full after a forward, and what is written to those is lost.
+        if hasattr(unit, "_get_fsdp_state") and any(module is layer for module in unit.modules()):
+            unit.reshard()
+    held = []
+    for module in layer.modules():
+        for key, parameter in module._parameters.items():
+            if isinstance(parameter, inventory.dtensor()):
+                with sync.collective("gathering of a layer"):
+                    whole = parameter.full_tensor().detach()
+                held.append((module, key, parameter, torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)))
+    for module, key, _, whole in held:
+        module._parameters[key] = whole
+    try:
+        yield
+    finally:
+        for module, key, parameter, whole in held:
+            module._parameters[key] = parameter
+            with torch.no_grad():
+                parameter.to_local().copy_(gathering.part(parameter, whole.data))
+
+
+@contextlib.contextmanager
+def _full_views(layer: Any, prepared: Prepared) -> Iterator[None]:
+    """FSDP1: the unit's full parameters are summoned, where the user has not done so, and written back."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    unit = _unit_of(layer, prepared)
+    if unit is None or unit._handle is None or not unit._handle.is_sharded(unit._handle.flat_param):
+        yield
+        return
+    gathering.make_root(prepared.wrapped())
+    with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=True):
+        views = [(item, item.data) for item in layer.parameters()]
+        yield
+        for parameter, view in views:
+            # FSDP1 writes back its own flat tensor, of which another `data` is no part.
+            if parameter.data.data_ptr() != view.data_ptr():
+                view.copy_(parameter.data)
+                parameter.data = view
+
+
+def _unit_of(layer: Any, prepared: Prepared) -> Any:
+    """FSDP1's innermost unit around a layer."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    found = None
+    for module in prepared.wrapped().modules():
+        # Outer modules come first.
+        if isinstance(module, FullyShardedDataParallel) and any(part is layer for part in module.modules()):
+            found = module
+    return found

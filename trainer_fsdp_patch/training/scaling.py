@@ -1,0 +1,62 @@
+"""The loss of a rank where a Trainer counts the tokens of all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by
+from trainer_fsdp_patch.shadowing import shadowed
+
+_COUNT = "num_items_in_batch"
+
+
+def compute_loss(upstream: Callable[..., Any], trainer: Any, arguments: dict[str, Any]) -> Any:
+    """Divide the count that the model gets by the ranks, where upstream multiplies the loss that it gives by them.
+
+    Averaging gradients over the ranks divides them once more, so upstream makes up for a loss that was divided by the
+    count of all ranks. A loss or a part of one that ignores the count, such as a classifier's or an adapter's penalty,
+    must not be multiplied, and this way is not.
+
+    Args:
+        upstream: the Trainer's own, bound; it takes the arguments by name.
+        trainer: with a planned model, whose args say that it counts over all ranks.
+        arguments: of the call, by name; the count is a scalar tensor or number, or absent.
+
+    Returns:
+        What upstream returns.
+    """
+    prepared = prepared_by(trainer)
+    assert prepared is not None
+    count = arguments.get(_COUNT)
+    if count is None or not _multiplies(trainer):
+        return upstream(**arguments)
+    share = count / trainer.accelerator.num_processes
+    with shadowed(trainer.args, average_tokens_across_devices=False), _unrounded(prepared, share):
+        return upstream(**{**arguments, _COUNT: share})
+
+
+def _multiplies(trainer: Any) -> bool:
+    """Whether upstream would; a user's own loss function and a compiled model get the count that upstream gives."""
+    args = trainer.args
+    others = trainer.compute_loss_func is not None or args.torch_compile or args.n_gpu > 1
+    return bool(args.average_tokens_across_devices) and not others
+
+
+@contextlib.contextmanager
+def _unrounded(prepared: Prepared, share: Any) -> Iterator[None]:
+    """Let the model's forward get the share itself: FSDP casts floating-point arguments to its low precision.
+
+    A count is a 0-dim tensor upstream, on which a forward may call `.to(device)`, so no plain number stands for it.
+    """
+
+    def restore(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return (args, {**kwargs, _COUNT: share}) if _COUNT in kwargs else None
+
+    # It runs after FSDP's own hooks, which cast.
+    hook = prepared.model().register_forward_pre_hook(restore, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
