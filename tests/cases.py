@@ -27,7 +27,7 @@ from matrix import METHODS, Bench, reference_of
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.files import reading
-from trainer_fsdp_patch.planning.inventory import bare, canonical
+from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.testing import trial
 from trainer_fsdp_patch.testing.trial import Outcome, Setup
 
@@ -155,7 +155,7 @@ def trainable(model: Any) -> Found:
     """What trains of a model, by canonical name."""
     return {
         canonical(name): parameter.detach().clone()
-        for name, parameter in bare(model).named_parameters()
+        for name, parameter in unwrap(model).named_parameters()
         if parameter.requires_grad
     }
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from matrix import METHODS, Bench, reference_of, with_a_head
 
-from trainer_fsdp_patch import versions
+from trainer_fsdp_patch import bits, versions
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.files import reading, verify
 from trainer_fsdp_patch.testing import stack, trial
@@ -142,13 +142,13 @@ def failure(outcomes: list[Outcome]) -> str:
     return next((error for error in errors if "hung" not in error), errors[0]) if errors else ""
 
 
-def bits(folder: str | Path) -> dict[str, bytes]:
+def stored_bits(folder: str | Path) -> dict[str, bytes]:
     """Bytes of every tensor of an adapter's folder."""
     file = reading.adapter_file(Path(folder))
     found = reading.tensors(file) if file else {}
     if not found:
         raise LostError("no adapter file was written" if file is None else "the adapter file is empty")
-    return {key: reading.bits(tensor).numpy().tobytes() for key, tensor in found.items()}
+    return {key: bits.bits(tensor).numpy().tobytes() for key, tensor in found.items()}
 
 
 def train(trainer: Any, folder: Path) -> None:
@@ -186,7 +186,7 @@ def interrupted(scene: Scene, setup: Setup, *, patched: bool, configure: Any = M
         shutil.copytree(Path(whole[0].folder) / f"checkpoint-{step}", again / f"checkpoint-{step}")
         resumed = scene.run(resume_from(step), setup, patched=patched, configure=configure, folder=again, **extra)
         wrong = failure(resumed)
-        if not wrong and bits(resumed[0].folder) != bits(whole[0].folder):
+        if not wrong and stored_bits(resumed[0].folder) != stored_bits(whole[0].folder):
             wrong = f"resumed at step {step}, it ends in other bits"
     return wrong
 
@@ -219,7 +219,7 @@ def best_at_end(scene: Scene, setup: Setup, *, patched: bool) -> str:
     if failure(outcomes):
         return failure(outcomes)
     folder = Path(outcomes[0].folder)
-    if bits(folder) == bits(folder / "checkpoint-1"):
+    if stored_bits(folder) == stored_bits(folder / "checkpoint-1"):
         return ""
     return "the best checkpoint is not what was saved at the end"
 
@@ -235,7 +235,7 @@ def model_only(scene: Scene, setup: Setup, *, patched: bool) -> str:
     shutil.copytree(Path(first[0].folder) / "checkpoint-2", folder / "checkpoint-2")
     resumed = scene.run(resume_last, setup, patched=patched, folder=folder, **extra)
     wrong = failure(resumed)
-    return wrong or ("" if bits(folder) == bits(first[0].folder) else "resumed, it ends in other bits")
+    return wrong or ("" if stored_bits(folder) == stored_bits(first[0].folder) else "resumed, it ends in other bits")
 
 
 def evaluated(scene: Scene, setup: Setup, *, patched: bool) -> str:
@@ -346,7 +346,7 @@ def killed(when: str, rank: int = 0) -> Callable[..., str]:
 
         folder = Path(f"{whole[0].folder}-killed")
         shutil.copytree(whole[0].folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
-        before = bits(folder)
+        before = stored_bits(folder)
         outcomes = scene.run(action, writing, patched=patched, folder=folder)
         if "hung" not in outcomes[rank].error:
             return failure(outcomes) or "the rank was not killed"
@@ -361,14 +361,14 @@ def survived(
 ) -> str:  # fmt: skip
     """What is left after a fault: the adapter that was there, and a checkpoint from which the run ends as it should."""
     try:
-        if bits(folder) != before:
+        if stored_bits(folder) != before:
             return "the adapter that was saved before is gone"
     except Exception as error:
         return f"the adapter that was saved before is gone: {str(error).splitlines()[0]}"
     resumed = scene.run(resume_last, setup, patched=patched, folder=folder, configure=configure)
     if failure(resumed):
         return f"resumed: {failure(resumed)}"
-    return "" if bits(folder) == bits(whole[0].folder) else "resumed, it ends in other bits"
+    return "" if stored_bits(folder) == stored_bits(whole[0].folder) else "resumed, it ends in other bits"
 
 
 def fail_the_second_write(when: str, rank: int) -> None:
@@ -442,7 +442,7 @@ def overwritten(when: str, configure: Any = METHODS["lora"]) -> Callable[..., st
         if failure(first):
             return failure(first)
         folder = Path(first[0].folder)
-        before = bits(folder)
+        before = stored_bits(folder)
 
         def action(trainer: Any, folder: Path) -> dict[str, Any]:
             if when in ("during", "after"):
@@ -534,7 +534,7 @@ def dead_rank(scene: Scene, setup: Setup, *, patched: bool) -> str:
     outcomes = scene.run(action, writing, patched=patched, folder=folder)
     if "hung" in outcomes[0].error or not outcomes[0].error:
         return "the other rank waits for ever"
-    return survived(scene, setup, folder, bits(whole[0].folder), whole, patched=patched)
+    return survived(scene, setup, folder, stored_bits(whole[0].folder), whole, patched=patched)
 
 
 def natively(configure: Any) -> Callable[..., str]:

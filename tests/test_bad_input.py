@@ -166,10 +166,10 @@ def test_an_adapter_that_one_rank_alone_adds_later(bench: Bench, tmp_path: Path,
         if stage == "trained":
             from peft import LoraConfig
 
-            from trainer_fsdp_patch.planning.inventory import bare
+            from trainer_fsdp_patch.names import unwrap
 
             if rank == 0:
-                bare(thing.model).add_adapter("late", LoraConfig(r=4, target_modules=["q_proj"]))
+                unwrap(thing.model).add_adapter("late", LoraConfig(r=4, target_modules=["q_proj"]))
             thing.train()
         return None
 

@@ -14,7 +14,7 @@ from faults import FLAVOURS, packed
 from matrix import METHODS, Bench, Setup, trial
 from safetensors.torch import load_file
 
-from trainer_fsdp_patch.planning.inventory import canonical
+from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.testing.trial import Outcome
 
 

@@ -13,8 +13,8 @@ from faults import FLAVOURS, packed, where
 from matrix import METHODS, Bench, Setup, trial
 
 from trainer_fsdp_patch.errors import AdapterError
+from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning import elementwise
-from trainer_fsdp_patch.planning.inventory import canonical
 from trainer_fsdp_patch.testing.trial import Outcome
 
 native = where("transformers>=5.15.dev0")

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import trainer_fsdp_patch
 from trainer_fsdp_patch.errors import PlanError
-from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.names import canonical
 
 
 def llama(device: str = "cpu") -> Any:
@@ -169,6 +169,6 @@ def test_unknown_settings(settings: dict[str, Any], expected: str) -> None:
 
 def test_canonical_names() -> None:
     for name in ("_fsdp_wrapped_module.a._checkpoint_wrapped_module.b.weight", "_orig_mod.a.b.weight", "a.b.weight"):
-        assert inventory.canonical(name) == "a.b.weight"
-    assert inventory.canonical("_fsdp_wrapped_module") == ""
-    assert inventory.canonical("my_orig_mod.a") == "my_orig_mod.a"
+        assert canonical(name) == "a.b.weight"
+    assert canonical("_fsdp_wrapped_module") == ""
+    assert canonical("my_orig_mod.a") == "my_orig_mod.a"

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import bits, sync
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.testing import trial
 from trainer_fsdp_patch.testing.trial import Outcome
@@ -102,10 +102,10 @@ def test_a_difference_is_named_on_all_ranks() -> None:
 
 def test_fingerprints_tell_apart_signs_of_zero_and_places() -> None:
     tensors = [torch.tensor(values) for values in ([0.0, 1.0], [-0.0, 1.0], [1.0, 0.0])]
-    prints = {tuple(sync.fingerprint(tensor).tolist()) for tensor in tensors}
+    prints = {tuple(bits.fingerprint(tensor).tolist()) for tensor in tensors}
     assert len(prints) == 3
     for dtype in (torch.bool, torch.uint8, torch.float16, torch.float64, torch.int64):
-        assert sync.fingerprint(torch.zeros(0, dtype=dtype)).tolist() == [0, 0]
+        assert bits.fingerprint(torch.zeros(0, dtype=dtype)).tolist() == [0, 0]
 
 
 def test_a_rank_that_has_ended_is_said_to_have() -> None:

@@ -7,14 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trainer_fsdp_patch import bits
 from trainer_fsdp_patch.errors import AdapterError, RankError, message
-from trainer_fsdp_patch.files import reading
 
 if TYPE_CHECKING:
     import torch
 
-_ROW = 256
-"""Words of 8 bytes in a row of a fingerprint's table."""
 
 _FAILURE = "trainer_fsdp_patch/failure"
 """Key of torch's store for the error of a rank that failed."""
@@ -227,7 +225,7 @@ def compare(names: Sequence[str], tensors: Sequence[torch.Tensor], when: str) ->
 
     if not tensors or dist.get_world_size() == 1:
         return
-    prints = torch.stack([fingerprint(tensor) for tensor in tensors])
+    prints = torch.stack([bits.fingerprint(tensor) for tensor in tensors])
     low, high = prints.clone(), prints
     with collective(f"comparison of the adapter {when}"):
         dist.all_reduce(low, op=dist.ReduceOp.MIN)
@@ -305,24 +303,6 @@ def anywhere(flag: bool, device: Any, what: str) -> bool:
     with collective(what):
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return bool(found)
-
-
-def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """Two sums over the bits of a tensor, weighted by the place in a row and by the row: int64, shape [2].
-
-    Each is one pass at the speed of memory; both have to collide for a difference to stay unseen.
-    """
-    import torch
-
-    stored = reading.bits(tensor)
-    device, whole = tensor.device, len(stored) // (8 * _ROW) * 8 * _ROW
-    table, rest = stored[:whole].view(torch.int64).view(-1, _ROW), stored[whole:]
-    places = torch.arange(1, 2 * max(len(table), _ROW, len(rest)), 2, device=device)
-    end = (rest * places[: len(rest)]).sum()
-    # Sums wrap around. The rest counts in both, at weights of its own.
-    return torch.stack(
-        [(table.sum(0) * places[:_ROW]).sum() + end, (table.sum(1) * places[: len(table)]).sum() + 3 * end]
-    )
 
 
 def _buckets(tensors: Sequence[Any]) -> Iterator[list[Any]]:

@@ -83,7 +83,7 @@ def test_an_adapter_that_no_step_moves_is_warned_of(bench: Bench) -> None:
     assert checkpoints.failure(outcomes) == ""
     said = [text for outcome in outcomes for text in outcome.extra["said"]]
     assert any("trainable tensors are what they were before 3 steps with gradients" in text for text in said)
-    assert checkpoints.bits(outcomes[0].folder)
+    assert checkpoints.stored_bits(outcomes[0].folder)
 
 
 def test_a_learning_rate_of_zero_is_the_users_own(bench: Bench) -> None:
@@ -100,4 +100,4 @@ def test_a_save_before_training(bench: Bench, fsdp: int) -> None:
     for sharded in (False, True):
         outcomes = checkpoints.Scene(bench).run(save, Setup("save", fsdp=fsdp, sharded=sharded), patched=True)
         assert checkpoints.failure(outcomes) == ""
-        assert checkpoints.bits(outcomes[0].folder)
+        assert checkpoints.stored_bits(outcomes[0].folder)

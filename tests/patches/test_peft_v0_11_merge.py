@@ -14,8 +14,8 @@ import torch
 from faults import FLAVOURS, canary, fsdp2, packed, where
 from matrix import METHODS, Bench, Setup, reference_of
 
+from trainer_fsdp_patch.names import unwrap
 from trainer_fsdp_patch.patching import registry
-from trainer_fsdp_patch.planning.inventory import bare
 from trainer_fsdp_patch.testing import trial
 from trainer_fsdp_patch.testing.trial import Outcome
 
@@ -55,11 +55,11 @@ def merged(setup: Setup, method: str, base: str, folder: str, ranks: int, rank: 
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.forward()
-            bare(self.trainer.model).merge_adapter()
+            unwrap(self.trainer.model).merge_adapter()
             self.forward()
             whole = self.trainer.accelerator.get_state_dict(self.trainer.model_wrapped)
             weights.update({key: value.clone() for key, value in whole.items() if "base_layer" in key or "norm" in key})
-            bare(self.trainer.model).unmerge_adapter()
+            unwrap(self.trainer.model).unmerge_adapter()
             self.forward()
 
     callback = Merge()

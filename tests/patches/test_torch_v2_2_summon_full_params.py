@@ -18,7 +18,8 @@ from checkpoints import failure
 from faults import canary
 from matrix import METHODS, Bench, Setup, reference_of
 
-from trainer_fsdp_patch.files import reading
+from trainer_fsdp_patch import bits
+from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning import inventory
 from trainer_fsdp_patch.testing import stack, trial
 from trainer_fsdp_patch.testing.trial import Outcome
@@ -44,7 +45,7 @@ def frozen(model: Any) -> dict[str, bytes]:
         whole = FullyShardedDataParallel.summon_full_params(model, writeback=False)
     with whole:
         return {
-            inventory.canonical(name): reading.bits(tensor.detach().clone()).numpy().tobytes()
+            canonical(name): bits.bits(tensor.detach().clone()).numpy().tobytes()
             for name, tensor in model.named_parameters()
             if not tensor.requires_grad and "_flat_param" not in name
         }

@@ -85,7 +85,7 @@ def buffers(method: str, patched: bool, setup: Setup, base: str, folder: str, ra
     """Train, then say which floating-point buffers of the model lost bits on the way."""
     from transformers import Trainer
 
-    from trainer_fsdp_patch.planning.inventory import canonical
+    from trainer_fsdp_patch.names import canonical
 
     given = trial.enter(setup, folder, 2, patched=patched)
     model = METHODS[method](trial.load_base(base, setup))

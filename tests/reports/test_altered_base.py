@@ -17,7 +17,7 @@ from checkpoints import failure
 from faults import FLAVOURS, fsdp2, packed
 from matrix import Bench, Setup, reference_of
 
-from trainer_fsdp_patch import versions
+from trainer_fsdp_patch import bits, versions
 from trainer_fsdp_patch.testing import trial
 from trainer_fsdp_patch.testing.trial import Outcome
 
@@ -155,19 +155,17 @@ def prepare(change: Any, setup: Setup, base: str, folder: str, ranks: int, rank:
     from matrix import METHODS
     from transformers import Trainer
 
-    from trainer_fsdp_patch import sync
-
     given = trial.enter(setup, folder, ranks, patched=True)
     model = METHODS["lora"](trial.load_base(base, setup))
     change(model)
     seen: list[int] = []
-    upstream = sync.fingerprint
+    upstream = bits.fingerprint
 
     def fingerprint(tensor: Any) -> Any:
         seen.append(id(tensor))
         return upstream(tensor)
 
-    sync.fingerprint = fingerprint
+    bits.fingerprint = fingerprint
     trainer = Trainer(model=model, args=given, train_dataset=trial.dataset(12))
     trainer.train()
     return Outcome(extra={"frozen": sum(not item.requires_grad for item in model.parameters()), "seen": len(seen)})

@@ -78,7 +78,7 @@ def thaws(scene: Scene) -> Found:
 def reads_gradients(scene: Scene) -> Found:
     from transformers import TrainerCallback
 
-    from trainer_fsdp_patch.planning.inventory import canonical
+    from trainer_fsdp_patch.names import canonical
 
     norms: Found = {}
 

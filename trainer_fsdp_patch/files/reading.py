@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer_fsdp_patch.errors import AdapterError, message
-from trainer_fsdp_patch.planning.inventory import canonical
+from trainer_fsdp_patch.names import canonical, file_key
 
 SAFE, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 FSDP_FULL, FSDP_SHARDED = "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0"
@@ -146,27 +146,6 @@ def text(path: Path) -> dict[str, Any]:
     return found
 
 
-def bits(tensor: Any) -> Any:
-    """The bytes of a tensor in one dimension: uint8, aligned so that they can be viewed in larger words."""
-    import torch
-
-    stored = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return stored.clone() if stored.storage_offset() % 8 else stored
-
-
-def same_bits(one: Any, other: Any) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes, NaNs included."""
-    import torch
-
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    pair = bits(one), bits(other)
-    # torch compares words four times faster than bytes.
-    words = len(pair[0]) // 8 * 8
-    first, second = (stored[:words].view(torch.int64) for stored in pair)
-    return bool(first.equal(second) and pair[0][words:].equal(pair[1][words:]))
-
-
 def unreadable(path: Path, error: BaseException) -> AdapterError:
     """Error that says what is wrong with a file."""
     found = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -195,13 +174,7 @@ def adapter_only(folder: Path, adapter: str = "default") -> dict[str, Any]:
     except AdapterError:
         return {}
     live = {key: tensor for key, tensor in found.items() if adapter in key.split(".")}
-    found = {bare(key, adapter): tensor for key, tensor in live.items()} if live else found
+    found = {file_key(key, adapter): tensor for key, tensor in live.items()} if live else found
     # What all layers share stands in a model's state dict once for each layer, and in a file once.
     shared = {key.removeprefix("base_model.") for key in found if key.count(".") == 1}
     return {key: tensor for key, tensor in found.items() if key.count(".") == 1 or key.rpartition(".")[2] not in shared}
-
-
-def bare(key: str, adapter: str = "default") -> str:
-    """Key of an adapter file for a tensor's name in the model."""
-    helpers = ("modules_to_save", "token_adapter", adapter)
-    return ".".join(part for part in canonical(key).split(".") if part not in helpers)

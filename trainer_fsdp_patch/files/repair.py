@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from trainer_fsdp_patch import bits
 from trainer_fsdp_patch.errors import AdapterError, message
 from trainer_fsdp_patch.files import reading, verify
-from trainer_fsdp_patch.planning.inventory import canonical
+from trainer_fsdp_patch.names import canonical
 
 REASONS = {
     "unreadable": "bytes that are gone cannot be brought back",
@@ -99,7 +100,7 @@ def _renamed(tensors: dict[str, Any]) -> tuple[dict[str, Any], int]:
     result: dict[str, Any] = {}
     for key, tensor in tensors.items():
         name = canonical(key)
-        if name in result and not reading.same_bits(result[name], tensor):
+        if name in result and not bits.same_bits(result[name], tensor):
             text = message(
                 name,
                 "two keys of the file name this tensor, with other values",

@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer_fsdp_patch.errors import AdapterError, message
 from trainer_fsdp_patch.files import reading
-from trainer_fsdp_patch.planning.inventory import canonical
+from trainer_fsdp_patch.names import canonical, file_key
 
 _PROJECTIONS = {"VERA": ("vera_A", "vera_B"), "PVERA": ("pvera_A", "pvera_B")}
 """Frozen tensors that peft draws in fp32 and that are part of the file, by `peft_type`."""
@@ -231,8 +231,8 @@ def _checkpoint(folder: Path, *, adapter: bool) -> Iterator[Finding]:
 def _left_out(folder: Path, file: Path, model: dict[str, Any]) -> Iterator[Finding]:
     """Tensors of the adapter file that the part which is resumed from lacks."""
     try:
-        known = {reading.bare(key) for key in model}
-        lost = [key for key in reading.tensors(file) if reading.bare(key) not in known]
+        known = {file_key(key) for key in model}
+        lost = [key for key in reading.tensors(file) if file_key(key) not in known]
     except AdapterError:
         return
     if lost:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning.footprint import Footprint
 from trainer_fsdp_patch.planning.inventory import BASE, QUANTIZED, Tensor
 
@@ -48,7 +48,7 @@ def _slots(model: Any) -> dict[str, list[str]]:
     """All canonical names of each parameter, by each of them."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(inventory.canonical(name))
+        names.setdefault(id(parameter), []).append(canonical(name))
     return {name: together for together in names.values() for name in together}
 
 
@@ -66,7 +66,7 @@ def _carved(model: Any, names: set[str]) -> Iterator[list[str]]:
     find_norm = getattr(fsdp_utils, "_find_final_norm", None)
     if find_norm is None:
         return
-    known = {id(module): inventory.canonical(name) for name, module in model.named_modules()}
+    known = {id(module): canonical(name) for name, module in model.named_modules()}
     parents = Counter(id(child) for module in model.modules() for child in module._modules.values())
     within = parts(model)
     ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]

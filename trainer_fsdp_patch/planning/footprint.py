@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer_fsdp_patch.planning.inventory import BASE, QUANTIZED, Tensor, canonical
+from trainer_fsdp_patch.names import canonical
+from trainer_fsdp_patch.planning.inventory import BASE, QUANTIZED, Tensor
 from trainer_fsdp_patch.shadowing import shadowed
 
 

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import functools
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from trainer_fsdp_patch.names import canonical
+
 ADAPTER, PROJECTION, QUANTIZED, BASE = "adapter", "projection", "quantized", "base"
-
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?:\.|$)")
-
-
-def canonical(name: str) -> str:
-    """Name of a tensor or module without the segments that FSDP1, checkpointing and compile put in."""
-    return _WRAPPERS.sub("", name).rstrip(".")
 
 
 @dataclass(frozen=True)
@@ -195,21 +189,6 @@ def _of_peft(module: Any) -> bool:
 def is_wrapper(module: Any) -> bool:
     """Whether a module is PEFT's copy-and-train wrapper around a base module, as modules_to_save makes."""
     return isinstance(module, _containers()[-1][0])
-
-
-def bare(model: Any) -> Any:
-    """The model below the wrappers that go around a whole one: FSDP1, DDP, DataParallel and compile."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.nn import DataParallel
-    from torch.nn.parallel import DistributedDataParallel
-
-    while True:
-        if "_orig_mod" in getattr(model, "_modules", ()):
-            model = model._orig_mod
-        elif isinstance(model, (FullyShardedDataParallel, DistributedDataParallel, DataParallel)):
-            model = model.module
-        else:
-            return model
 
 
 @functools.cache

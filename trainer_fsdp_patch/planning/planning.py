@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from trainer_fsdp_patch.errors import PlanError, message
+from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning import budget, expecting, inventory
 from trainer_fsdp_patch.planning.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, Tensor
 
@@ -214,7 +215,7 @@ def user_ignored(model: Any, ignored: str | Iterable[Any] | None) -> set[str]:
     """
     if ignored is None:
         return set()
-    modules = {inventory.canonical(name): module for name, module in model.named_modules()}
+    modules = {canonical(name): module for name, module in model.named_modules()}
     if isinstance(ignored, str):
         chosen = _matching(modules, ignored)
     else:
@@ -276,7 +277,7 @@ def _refuse_ignored(found: str) -> NoReturn:
 def _roots(model: Any, units: Iterable[str] | None) -> list[str]:
     """Names of the modules that become FSDP units, the root aside; nested ones are listed too."""
     classes = set(units if units is not None else getattr(model, "_no_split_modules", None) or ())
-    return [inventory.canonical(name) for name, module in model.named_modules() if type(module).__name__ in classes]
+    return [canonical(name) for name, module in model.named_modules() if type(module).__name__ in classes]
 
 
 def _unit(name: str, roots: list[str]) -> str:
@@ -287,7 +288,7 @@ def _homes(model: Any, roots: list[str]) -> dict[str, set[str]]:
     """The units that each parameter is reached in, by each of its names; a module may be a child of several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(inventory.canonical(name))
+        names.setdefault(id(parameter), []).append(canonical(name))
     return {name: {_unit(other, roots) for other in together} for together in names.values() for name in together}
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning import elementwise, inventory
 from trainer_fsdp_patch.preparing import units
 from trainer_fsdp_patch.shadowing import shadowed
@@ -63,7 +64,7 @@ class Prepared:
     def wrapped(self) -> Any:
         """The model as its accelerator holds it, in FSDP1's root; the bare one where it holds none."""
         owner, model = self.accelerator(), self.model()
-        return next((item for item in getattr(owner, "_models", ()) if inventory.bare(item) is model), model)
+        return next((item for item in getattr(owner, "_models", ()) if unwrap(item) is model), model)
 
     def refresh(self) -> None:
         """Look the tensors up again, after moves that may have replaced objects."""
@@ -121,7 +122,7 @@ class Prepared:
 
     def _is_sharded(self, name: str) -> bool:
         """Whether FSDP has a parameter; FSDP1 may show it as a flat one of its unit."""
-        name = inventory.canonical(name)
+        name = canonical(name)
         return name in self.sharded or (bool(self.sharded) and name.endswith("_flat_param"))
 
     def watch(self, accelerator: Any) -> None:
@@ -179,12 +180,12 @@ class Prepared:
             if id(parameter) in others and not owned:
                 raise AdapterError(
                     message(
-                        inventory.canonical(name),
+                        canonical(name),
                         "became trainable after the model was prepared for FSDP, and the optimizer steps it",
                         "No rank averages its gradient: each would train one of its own",
                         "Add adapters before Trainer.train() is called, or start a new Trainer",
                     ),
-                    tensor=inventory.canonical(name),
+                    tensor=canonical(name),
                 )
 
 
@@ -193,7 +194,7 @@ def prepared_for(model: Any) -> Prepared | None:
     # Asked first: runs that are not ours pay for no more than this, and import nothing.
     if not _PREPARED or not inventory.is_module(model):
         return None
-    return _PREPARED.get(inventory.bare(model))
+    return _PREPARED.get(unwrap(model))
 
 
 def prepared_with(module: Any) -> Prepared | None:

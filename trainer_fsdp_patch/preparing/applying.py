@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError, PlanError, message
+from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning import budget, elementwise, inventory, planning
 from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_by, prepared_for
 from trainer_fsdp_patch.preparing import base_weights, later
@@ -74,9 +75,7 @@ def separate(trainer: Any) -> None:
     prepared = prepared_by(trainer)
     if prepared is None or trainer.optimizer is None or not prepared.sharded or prepared.plan.fsdp_version == 1:
         return
-    parameters = {
-        inventory.canonical(name): item for name, item in trainer.model.named_parameters(remove_duplicate=False)
-    }
+    parameters = {canonical(name): item for name, item in trainer.model.named_parameters(remove_duplicate=False)}
     budget.separate(trainer.optimizer, [parameters[name] for name in prepared.sharded])
 
 
@@ -303,7 +302,7 @@ def evaluating(trainer: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        trainer.model = inventory.bare(trainer.model_wrapped)
+        trainer.model = unwrap(trainer.model_wrapped)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import bits, sync
 from trainer_fsdp_patch.errors import AdapterError, message
 from trainer_fsdp_patch.planning import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared
@@ -131,7 +131,7 @@ def _differing(tensors: list[Any], device: Any) -> list[int]:
 
     absent, present = torch.zeros(3, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.int64, device=device)
     high = torch.stack(
-        [absent if tensor.is_meta else torch.cat([present, sync.fingerprint(tensor).to(device)]) for tensor in tensors]
+        [absent if tensor.is_meta else torch.cat([present, bits.fingerprint(tensor).to(device)]) for tensor in tensors]
     )
     low = high.clone()
     with sync.collective(_COMPARISON):

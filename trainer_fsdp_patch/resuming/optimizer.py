@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 from trainer_fsdp_patch.shadowing import shadowed
@@ -110,7 +111,7 @@ def _hold(prepared: Prepared, state_dict: Any, *, numbers: bool) -> Any:
         import torch
 
         if isinstance(value, torch.Tensor):
-            wraps = _is_wrapped(value) and inventory.canonical(name) not in prepared.sharded
+            wraps = _is_wrapped(value) and canonical(name) not in prepared.sharded
             return _held(value) if wraps else value
         return _held(value) if numbers else value
 

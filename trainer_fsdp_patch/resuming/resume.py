@@ -11,6 +11,7 @@ from typing import Any
 from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError, message
 from trainer_fsdp_patch.files import reading, verify
+from trainer_fsdp_patch.names import file_key, unwrap
 from trainer_fsdp_patch.planning import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared_for
 from trainer_fsdp_patch.saving import checkpoint, gathering
@@ -62,7 +63,7 @@ def names(model: Any, live: dict[str, Any], *, as_peft: bool) -> dict[str, Any]:
     """
     if not as_peft:
         return live
-    bare = inventory.bare(model)
+    bare = unwrap(model)
     # peft may hand out detached tensors, which share the memory of the live one.
     here = {_place(tensor): tensor for tensor in live.values()}
     active = getattr(bare, "active_adapter", None)
@@ -117,7 +118,7 @@ def _copy_in(model: Any, prepared: Prepared, state_dict: dict[str, Any]) -> None
     live = checkpoint.persistent(model, prepared.of_adapter()) | gathering.aliased(prepared, empty)
     known = names(model, live, as_peft=True) | names(model, live, as_peft=False)
     sharded = {id(tensor): name for name, tensor in empty.items()}
-    others = {name for name, *_ in inventory.named_tensors(inventory.bare(model))}
+    others = {name for name, *_ in inventory.named_tensors(unwrap(model))}
     values = {}
     for key, value in state_dict.items():
         tensor = known.get(key)
@@ -197,7 +198,7 @@ def _below_compile(model: Any, prepared: Prepared) -> bool:
 
 def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
     """Tensors of adapter files by canonical names of the model."""
-    bare = inventory.bare(model)
+    bare = unwrap(model)
     empty = gathering.aliased(prepared, gathering.templates(prepared))
     live = checkpoint.persistent(model, prepared.of_adapter()) | empty
     places = {_place(tensor): name for name, tensor in live.items()}
@@ -207,7 +208,7 @@ def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
         if file is None:
             continue
         # transformers keeps the names of its own model, to which a file has peft's prefix.
-        own = {f"base_model.model.{reading.bare(name, adapter)}": name for name in live if adapter in name.split(".")}
+        own = {f"base_model.model.{file_key(name, adapter)}": name for name in live if adapter in name.split(".")}
         written = checkpoint.keys(bare, live).get(adapter, {})
         named = own | {key: places[_place(item)] for key, item in written.items() if _place(item) in places}
         found |= {named.get(key, key): tensor for key, tensor in reading.tensors(file).items()}

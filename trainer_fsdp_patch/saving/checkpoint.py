@@ -10,8 +10,8 @@ from typing import Any
 from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.files import verify
+from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning import inventory
-from trainer_fsdp_patch.planning.inventory import canonical
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared_for
 from trainer_fsdp_patch.saving import gathering, naming
 from trainer_fsdp_patch.shadowing import shadowed
@@ -46,7 +46,7 @@ def saving(trainer: Any) -> Iterator[None]:
         trainer: with a planned model.
     """
     prepared = prepared_by(trainer)
-    alone = inventory.is_saved_alone(inventory.bare(trainer.model))
+    alone = inventory.is_saved_alone(unwrap(trainer.model))
     own = getattr(type(trainer)._save, "__module__", "").partition(".")[0] != "transformers"
     token = _SAVED.set(prepared if alone and not own else None)
     try:
@@ -113,8 +113,8 @@ def _adapter(accelerator: Any, model: Any, prepared: Prepared) -> dict[str, Any]
     if prepared.liveness is not None:
         prepared.liveness.warn_unmoved()
     found = on_cpu(persistent(model, adapter) | gathering.aliased(prepared, gathering.stored(prepared, gathered)))
-    found |= on_cpu(added(inventory.bare(model), prepared))
-    prove(inventory.bare(model), found, prepared)
+    found |= on_cpu(added(unwrap(model), prepared))
+    prove(unwrap(model), found, prepared)
     if accelerator.is_main_process:
         warn_of_shards(found)
     found.update(embeddings(model, set(found), kept=accelerator.is_main_process))
@@ -200,7 +200,7 @@ def warn_of_shards(found: dict[str, Any]) -> None:
 
 def embedding_modules(model: Any) -> dict[str, Any]:
     """Modules of the input and output embeddings by canonical name, as they stand in a model, wrapped or not."""
-    bare = inventory.bare(model)
+    bare = unwrap(model)
     getters = ("get_input_embeddings", "get_output_embeddings")
     layers = [getattr(bare, getter)() for getter in getters if hasattr(bare, getter)]
     wanted = {id(module) for layer in layers if layer is not None for module in layer.modules()}

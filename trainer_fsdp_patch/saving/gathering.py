@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer_fsdp_patch import sync, versions
+from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 
@@ -53,8 +54,8 @@ def own_units(model: Any) -> list[Any]:
     if prepared is None or not prepared.sharded or prepared.plan.fsdp_version != 1:
         return []
     found = []
-    for name, module in inventory.bare(model).named_modules():
-        prefix = f"{inventory.canonical(name)}."
+    for name, module in unwrap(model).named_modules():
+        prefix = f"{canonical(name)}."
         if isinstance(module, FullyShardedDataParallel) and any(item.startswith(prefix) for item in prepared.sharded):
             found.append(module)
     return found
@@ -63,7 +64,7 @@ def own_units(model: Any) -> list[Any]:
 def names_of(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """What stands for the state dict of a unit where only its keys are asked for."""
     named = (*module.named_parameters(), *module.named_buffers())
-    return {inventory.canonical(name): tensor for name, tensor in named}
+    return {canonical(name): tensor for name, tensor in named}
 
 
 def templates(prepared: Prepared) -> dict[str, Any]:
@@ -129,9 +130,9 @@ def _named(model: Any, prepared: Prepared) -> list[tuple[str, Any]]:
     """In the order of the plan, which all ranks share."""
     wanted = set(prepared.sharded)
     found = {
-        inventory.canonical(name): tensor
-        for name, tensor in inventory.bare(model).named_parameters(remove_duplicate=False)
-        if inventory.canonical(name) in wanted
+        canonical(name): tensor
+        for name, tensor in unwrap(model).named_parameters(remove_duplicate=False)
+        if canonical(name) in wanted
     }
     return [(name, found[name]) for name in prepared.sharded if name in found]
 

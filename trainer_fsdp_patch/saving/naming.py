@@ -9,7 +9,7 @@ from typing import Any
 
 import wrapt
 
-from trainer_fsdp_patch.planning.inventory import canonical
+from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.saving import gathering
 from trainer_fsdp_patch.shadowing import shadowed
 

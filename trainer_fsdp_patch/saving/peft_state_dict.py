@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError, message, warn
-from trainer_fsdp_patch.planning import inventory
-from trainer_fsdp_patch.planning.inventory import canonical
+from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 from trainer_fsdp_patch.saving import checkpoint, gathering, naming
 
@@ -47,9 +46,9 @@ def answer(upstream: Callable[..., Any], arguments: dict[str, Any], *, to_file: 
         return naming.call_with_canonical_names(upstream, arguments["model"], state_dict=found, **others)
 
     given = arguments.get("state_dict")
-    if given is None and "state_dict" in vars(inventory.bare(arguments["model"])):
+    if given is None and "state_dict" in vars(unwrap(arguments["model"])):
         # A user has put a function of their own there, as alpaca-lora's script does, or a save what it has gathered.
-        return call(inventory.bare(arguments["model"]).state_dict())
+        return call(unwrap(arguments["model"]).state_dict())
     if given is None:
         return _asked(call, arguments["model"], prepared)
     if not given and not sync.is_main():
@@ -67,7 +66,7 @@ def answer(upstream: Callable[..., Any], arguments: dict[str, Any], *, to_file: 
 
 def _asked(call: Callable[[dict[str, Any]], Any], model: Any, prepared: Prepared) -> Any:
     """The answer without a state dict: first with empty tensors for what is sharded, to see whether any is asked."""
-    bare = inventory.bare(model)
+    bare = unwrap(model)
     own = checkpoint.persistent(bare, prepared.of_adapter()) | checkpoint.added(bare, prepared)
     own = {name: tensor.detach() for name, tensor in own.items()}
     result = call(own | _empty(bare, prepared, set(own)))

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import bits, sync
 from trainer_fsdp_patch.errors import AdapterError, message, warn
-from trainer_fsdp_patch.files import reading
 from trainer_fsdp_patch.planning.prepared import any_prepared, prepared_by
 
 
@@ -102,7 +101,7 @@ def equal(path: Path, values: dict[str, Any]) -> None:
     with safe_open(path, "pt") as file:
         wrong = sorted(set(file.keys()) ^ set(values))
         for key in () if wrong else values:
-            if not reading.same_bits(file.get_tensor(key), values[key].detach().cpu()):
+            if not bits.same_bits(file.get_tensor(key), values[key].detach().cpu()):
                 wrong.append(key)
     if wrong:
         text = message(

@@ -364,7 +364,7 @@ def _recorder(tensors: list[inventory.Tensor]) -> Any:
     import torch
     from transformers import Trainer, TrainerCallback
 
-    from trainer_fsdp_patch.planning.inventory import canonical
+    from trainer_fsdp_patch.names import canonical
 
     class Recorder(TrainerCallback):  # type: ignore[misc]
         trainer: Any

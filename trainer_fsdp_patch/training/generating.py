@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.names import unwrap
 from trainer_fsdp_patch.planning.prepared import prepared_for
 from trainer_fsdp_patch.shadowing import shadowed
 
@@ -28,7 +28,7 @@ def enable(accelerator: Any, results: Any) -> None:
     for model in results if isinstance(results, Sequence) else [results]:
         if not isinstance(model, nn.Module) or prepared_for(model) is None:
             continue
-        inner = _owner(inventory.bare(model))
+        inner = _owner(unwrap(model))
         # peft's classes have a generate() of their own, also around models that have none.
         if not (hasattr(model, "generate") and hasattr(inner, "generate")):
             continue

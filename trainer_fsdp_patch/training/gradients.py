@@ -140,14 +140,14 @@ def synchronises(accelerator: Callable[[], Any], model: Callable[[], Any]) -> bo
         accelerator: returns the run's, or None where it is gone.
         model: returns the planned one, bare.
     """
-    from trainer_fsdp_patch.planning.inventory import bare
+    from trainer_fsdp_patch.names import unwrap
 
     owner, planned = accelerator(), model()
     if owner is None or planned is None:
         return True
     if not owner.sync_gradients:
         return False
-    wrapped = next((item for item in owner._models if bare(item) is planned), planned)
+    wrapped = next((item for item in owner._models if unwrap(item) is planned), planned)
     return all(_flags(wrapped))
 
 

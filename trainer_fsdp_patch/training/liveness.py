@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import bits
 from trainer_fsdp_patch.errors import warn
 
 
@@ -18,7 +18,7 @@ class Liveness:
 
     def __init__(self, tensors: Sequence[Any]) -> None:
         self.tensors = list(tensors)
-        self.start = [sync.fingerprint(tensor) for tensor in self.tensors]
+        self.start = [bits.fingerprint(tensor) for tensor in self.tensors]
         self.known = {id(tensor) for tensor in self.tensors}
         self.steps, self.moved = 0, False
         self.largest: Any = None
@@ -64,4 +64,4 @@ def _moves(rate: Any) -> bool:
 
 
 def _differ(start: Iterable[Any], tensors: Iterable[Any]) -> bool:
-    return any(not before.equal(sync.fingerprint(tensor)) for before, tensor in zip(start, tensors, strict=True))
+    return any(not before.equal(bits.fingerprint(tensor)) for before, tensor in zip(start, tensors, strict=True))

@@ -1,0 +1,34 @@
+"""Names of tensors without the segments that wrappers put in, and models without the wrappers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?:\.|$)")
+
+
+def canonical(name: str) -> str:
+    """Name of a tensor or module without the segments that FSDP1, checkpointing and compile put in."""
+    return _WRAPPERS.sub("", name).rstrip(".")
+
+
+def file_key(key: str, adapter: str = "default") -> str:
+    """Key of an adapter file for a tensor's name in the model."""
+    helpers = ("modules_to_save", "token_adapter", adapter)
+    return ".".join(part for part in canonical(key).split(".") if part not in helpers)
+
+
+def unwrap(model: Any) -> Any:
+    """The model below the wrappers that go around a whole one: FSDP1, DDP, DataParallel and compile."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn import DataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    while True:
+        if "_orig_mod" in getattr(model, "_modules", ()):
+            model = model._orig_mod
+        elif isinstance(model, (FullyShardedDataParallel, DistributedDataParallel, DataParallel)):
+            model = model.module
+        else:
+            return model
