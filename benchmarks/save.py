@@ -20,10 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer_fsdp_patch import sync
-from trainer_fsdp_patch.saving import checkpoint, writing
+from trainer_fsdp_patch.saving import checkpoint, liveness, writing
 from trainer_fsdp_patch.testing import checking, trial
 from trainer_fsdp_patch.testing.trial import Outcome, Setup
-from trainer_fsdp_patch.training import liveness
 
 PARTS = {
     "ranks compared": (sync, "compare"),

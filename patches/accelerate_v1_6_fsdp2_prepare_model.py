@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.planning import gates, prepared
+from trainer_fsdp_patch.planning import gates
+from trainer_fsdp_patch.preparing import fsdp2
 
 patch = Patch(__name__, versions="accelerate>=1.6.dev0,<1.13.dev0", target="accelerate.accelerator", vital=True)
 
@@ -17,5 +18,5 @@ patch = Patch(__name__, versions="accelerate>=1.6.dev0,<1.13.dev0", target="acce
 def shard_the_base_only(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hide what the plan replicates while accelerate shards, and keep it from casting what is frozen."""
     model = args[1] if len(args) > 1 else kwargs["model"]
-    with prepared.set_aside(model), prepared.keep_dtype(model):
+    with fsdp2.hide_ignored(model), fsdp2.keep_dtype(model):
         return wrapped(*args, **kwargs)

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.planning import gates
-from trainer_fsdp_patch.resuming import resume
+from trainer_fsdp_patch.resuming import optimizer_state
 
 patch = Patch(
     __name__,
@@ -23,5 +23,5 @@ patch = Patch(
 @patch.wrap("_prepare_sd_options", "fsdp_plugin", only=gates.any_model)
 def named_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Called by the load just before it asks the optimizer what to read into."""
-    resume.answer_by_name(args[0] if args else kwargs["fsdp_plugin"])
+    optimizer_state.answer_by_name()
     return wrapped(*args, **kwargs)

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.planning import gates
-from trainer_fsdp_patch.preparing import applying
+from trainer_fsdp_patch.preparing import fsdp2
 
 patch = Patch(__name__, versions="accelerate>=1.8.dev0", target="accelerate.accelerator")
 
@@ -18,5 +18,5 @@ patch = Patch(__name__, versions="accelerate>=1.8.dev0", target="accelerate.acce
 def keep_rng_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Wrap as always, then let each checkpointed layer keep its random state."""
     model = wrapped(*args, **kwargs)
-    applying.keep_rng_state(model)
+    fsdp2.keep_rng_state(model)
     return model

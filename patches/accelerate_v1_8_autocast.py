@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.planning import gates
-from trainer_fsdp_patch.preparing import applying
+from trainer_fsdp_patch.preparing import fsdp2
 
 patch = Patch(__name__, versions="accelerate>=1.8.dev0", target="accelerate.accelerator")
 
@@ -18,5 +18,5 @@ patch = Patch(__name__, versions="accelerate>=1.8.dev0", target="accelerate.acce
 def autocast_the_forward(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Prepare as always, then do for planned models what FSDP1 and DDP get."""
     result = wrapped(*args, **kwargs)
-    applying.autocast_prepared(instance, result)
+    fsdp2.autocast_prepared(instance, result)
     return result

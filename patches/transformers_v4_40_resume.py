@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.planning import gates
-from trainer_fsdp_patch.resuming import resume
+from trainer_fsdp_patch.resuming import optimizer_state, resume
 
 patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers.trainer")
 
@@ -30,5 +30,5 @@ def load_best_on_every_rank(wrapped: Any, instance: Any, args: tuple[Any, ...], 
 @patch.wrap("Trainer._load_optimizer_and_scheduler", "self", "checkpoint", only=gates.trainer)
 def load_into_a_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make what is read into: a fresh optimizer has no entries, so nothing would be read."""
-    with resume.initialized_optimizer(instance, args[0] if args else kwargs["checkpoint"]):
+    with optimizer_state.initialized_optimizer(instance, args[0] if args else kwargs["checkpoint"]):
         return wrapped(*args, **kwargs)

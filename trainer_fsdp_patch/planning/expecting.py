@@ -61,7 +61,7 @@ def _carved(model: Any, names: set[str]) -> Iterator[list[str]]:
     """Modules that accelerate makes FSDP2 units of beside the policy's: the embeddings, and the last norm and head."""
     from accelerate.utils import fsdp_utils
 
-    from trainer_fsdp_patch.preparing.units import parts
+    from trainer_fsdp_patch.planning.units import parts
 
     find_norm = getattr(fsdp_utils, "_find_final_norm", None)
     if find_norm is None:

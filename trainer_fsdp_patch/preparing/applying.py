@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from types import MethodType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError, PlanError, message
 from trainer_fsdp_patch.names import canonical, unwrap
-from trainer_fsdp_patch.planning import budget, elementwise, inventory, planning
+from trainer_fsdp_patch.planning import budget, inventory, planning
 from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_by, prepared_for
 from trainer_fsdp_patch.preparing import base_weights, later
 from trainer_fsdp_patch.preparing import plugin as plugins
 from trainer_fsdp_patch.saving import checkpoint
+from trainer_fsdp_patch.training import elementwise, steps
 
 logger = logging.getLogger("trainer_fsdp_patch")
 
@@ -95,7 +94,7 @@ def _settle(accelerator: Any, prepared: Prepared) -> Prepared:
     base_weights.synchronize(prepared, accelerator)
     checkpoint.expect(model, prepared)
     place(prepared, accelerator.device)
-    prepared.watch(accelerator)
+    steps.watch(prepared, accelerator)
     keep(model, prepared)
     if accelerator.is_main_process:
         logger.info("FSDP%d: %s.", plan.fsdp_version, plan.summary())
@@ -224,41 +223,6 @@ def _materialize(tensor: Any, device: Any) -> None:
         room = torch.nn.Parameter(room, requires_grad=tensor.requires_grad)
     vars(room).update(vars(tensor))
     torch.utils.swap_tensors(tensor, room)  # type: ignore[no-untyped-call]
-
-
-def autocast_prepared(accelerator: Any, results: Sequence[Any]) -> None:
-    """Run planned models under autocast and return fp32, as accelerate does for one process, DDP and FSDP1.
-
-    Args:
-        accelerator: the run's.
-        results: what its `_prepare_fsdp2` returns, models among it.
-    """
-    from accelerate.utils import convert_outputs_to_fp32
-    from accelerate.utils.modeling import get_mixed_precision_context_manager
-    from torch import nn
-
-    # Programs that stand in for an accelerator may return anything.
-    for model in results if isinstance(results, (list, tuple)) else ():
-        if not isinstance(model, nn.Module) or prepared_for(model) is None:
-            continue
-        if accelerator.native_amp and "_original_forward" not in vars(model):
-            # The attribute is accelerate's own mark, by which unwrap_model takes the autocast off again.
-            vars(model)["_original_forward"] = model.forward
-            context = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
-            function = getattr(model.forward, "__func__", None)
-            if function is None:
-                model.forward = convert_outputs_to_fp32(context(model.forward))
-            else:
-                model.forward = MethodType(convert_outputs_to_fp32(context(function)), model)
-
-
-def keep_rng_state(model: Any) -> None:
-    """Make recomputation under activation checkpointing draw the noise of the first forward."""
-    for module in model.modules():
-        function = getattr(module, "checkpoint_fn", None)
-        if isinstance(function, functools.partial) and function.keywords.get("preserve_rng_state") is False:
-            keywords = {**function.keywords, "preserve_rng_state": True}
-            vars(module)["checkpoint_fn"] = functools.partial(function.func, *function.args, **keywords)
 
 
 def prepare_to_evaluate(trainer: Any) -> None:

@@ -8,6 +8,7 @@ from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError, message
 from trainer_fsdp_patch.planning.prepared import Prepared
 from trainer_fsdp_patch.saving import checkpoint
+from trainer_fsdp_patch.training import steps
 
 
 def take_up(prepared: Prepared, device: Any) -> None:
@@ -28,7 +29,7 @@ def take_up(prepared: Prepared, device: Any) -> None:
         if tensor.device != device:
             tensor.data = tensor.data.to(device)
     sync.broadcast(found.values())
-    prepared.take_up(found)
+    steps.take_up(prepared, found)
     model = prepared.model()
     checkpoint.note_keys(prepared, checkpoint.keys(model, checkpoint.live(model, prepared)))
 

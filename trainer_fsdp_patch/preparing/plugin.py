@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch.errors import PlanError, message, warn
-from trainer_fsdp_patch.planning import inventory, planning
+from trainer_fsdp_patch.planning import inventory, planning, units
 from trainer_fsdp_patch.planning.prepared import Prepared
-from trainer_fsdp_patch.preparing import units
 
 if TYPE_CHECKING:
     from collections.abc import Callable

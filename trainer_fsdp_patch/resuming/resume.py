@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,25 @@ from trainer_fsdp_patch.names import file_key, unwrap
 from trainer_fsdp_patch.planning import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared_for
 from trainer_fsdp_patch.saving import checkpoint, gathering
-from trainer_fsdp_patch.shadowing import shadowed
 
-_NAMED = "_trainer_fsdp_patch_named_state"
+
+@dataclass
+class LoadState:
+    """What a Trainer's load of a checkpoint has come to on this rank.
+
+    Attributes:
+        prepared: of the model that is loaded.
+        failure: why this rank refused the checkpoint, or "".
+        read: what it has read of sharded tensors, by name.
+    """
+
+    prepared: Prepared
+    failure: str = ""
+    read: dict[str, Any] = field(default_factory=dict)
+
+
+_LOADING: ContextVar[LoadState | None] = ContextVar("_LOADING", default=None)
+"""The load that a Trainer is in, whose errors all ranks raise together."""
 
 
 def model_state_dict(
@@ -99,19 +116,23 @@ def load_model_state_dict(
         return upstream(model, state_dict, adapter_only=adapter_only, **options)
     if not state_dict:
         return None
-    if prepared.sharded and not prepared.loading:
+    state = _LOADING.get()
+    if state is None or state.prepared is not prepared:
+        state = None
+    if prepared.sharded and state is None:
         found = "is sharded, and was asked for by Accelerator.load_state"
         raise _refused(prepared.sharded[0], found)
     try:
-        _copy_in(model, prepared, state_dict)
+        _copy_in(model, prepared, state_dict, {} if state is None else state.read)
     except AdapterError as error:
-        if not prepared.loading:
+        if state is None:
             raise
-        prepared.failure = str(error)
+        state.failure = str(error)
     return None
 
 
-def _copy_in(model: Any, prepared: Prepared, state_dict: dict[str, Any]) -> None:
+def _copy_in(model: Any, prepared: Prepared, state_dict: dict[str, Any], read: dict[str, Any]) -> None:
+    """Copy what is replicated, and keep what is sharded in `read`."""
     import torch
 
     empty = gathering.templates(prepared)
@@ -137,7 +158,7 @@ def _copy_in(model: Any, prepared: Prepared, state_dict: dict[str, Any]) -> None
     with torch.no_grad():
         for place, (tensor, value) in values.items():
             if place in sharded:
-                prepared.read[sharded[place]] = value
+                read[sharded[place]] = value
             else:
                 tensor.copy_(value)
 
@@ -177,9 +198,9 @@ def load(upstream: Callable[[], Any], trainer: Any, folder: Any) -> Any:
     lacks = verify.unfinished(where) if trainer.is_world_process_zero() else []
     lacks = sync.everyone(lacks, "load of a checkpoint")[0]
     result = None
-    with _loading(prepared, trainer.model):
+    with _loading(prepared, trainer.model) as state:
         if lacks:
-            prepared.failure = str(_refused(str(where), f"not whole: {lacks[0]}"))
+            state.failure = str(_refused(str(where), f"not whole: {lacks[0]}"))
         elif (where / reading.FSDP_FULL).is_file() and _below_compile(trainer.model, prepared):
             load_model_state_dict(upstream, trainer.model, reading.tensors(where / reading.FSDP_FULL), True)
         elif verify.is_ours(where) or not reading.adapter_folders(where):
@@ -216,18 +237,20 @@ def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _loading(prepared: Prepared, model: Any) -> Iterator[None]:
-    prepared.loading, prepared.failure, prepared.read = True, "", {}
+def _loading(prepared: Prepared, model: Any) -> Iterator[LoadState]:
+    """Around a load: all ranks raise what one of them found, or have what rank 0 has read."""
+    state = LoadState(prepared)
+    token = _LOADING.set(state)
     own: Exception | None = None
     try:
-        yield
+        yield state
     except AdapterError as error:
-        prepared.failure = str(error)
+        state.failure = str(error)
     except Exception as error:
-        own, prepared.failure = error, f"{type(error).__name__}: {error}"
+        own, state.failure = error, f"{type(error).__name__}: {error}"
     finally:
-        prepared.loading = False
-    failures = sync.everyone(prepared.failure, "load of a checkpoint")
+        _LOADING.reset(token)
+    failures = sync.everyone(state.failure, "load of a checkpoint")
     if own is not None:
         raise own
     if any(failures):
@@ -236,97 +259,4 @@ def _loading(prepared: Prepared, model: Any) -> Iterator[None]:
     adapter = prepared.of_adapter()
     sync.broadcast(adapter.values())
     sync.compare(list(adapter), list(adapter.values()), "after a checkpoint was loaded")
-    gathering.put(model, prepared, prepared.read)
-    prepared.read = {}
-
-
-@contextlib.contextmanager
-def initialized_optimizer(trainer: Any, folder: str | None) -> Iterator[None]:
-    """Give a fresh optimizer the state that a sharded checkpoint is read into; without it nothing is read.
-
-    Args:
-        trainer: whose optimizer is about to be loaded.
-        folder: of the checkpoint, or None where the run starts anew.
-    """
-    prepared = prepared_by(trainer)
-    if folder is None or prepared is None or prepared.native:
-        yield
-        return
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    sharded = "SHARDED" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
-    if not sharded or optimizer is None or optimizer.state:
-        yield
-        return
-    _take_empty_step(optimizer)
-    made = optimizer.state
-    plugin = trainer.accelerator.state.fsdp_plugin
-    named = trainer.optimizer, functools.partial(_named_state, trainer.model, optimizer)
-    try:
-        with shadowed(plugin, **{_NAMED: named}):
-            yield
-    finally:
-        vars(trainer.optimizer).pop("state_dict", None)
-    if optimizer.state is made:
-        # Nothing was read, and a counter that says one step was taken would bend the first real one.
-        made.clear()
-    for state in optimizer.state.values():
-        state.update({key: _whole(value) for key, value in state.items() if hasattr(value, "local_shards")})
-
-
-def _whole(sharded: Any) -> Any:
-    """One tensor of what FSDP1 releases before accelerate 1.7 read in parts, each rank its own, also for replicas."""
-    import torch
-    import torch.distributed as dist
-
-    shards = sharded.local_shards()
-    device = shards[0].tensor.device if shards else sharded.device
-    whole = torch.zeros(sharded.size(), dtype=sharded.dtype, device=device)
-    for shard in shards:
-        places = zip(shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True)
-        whole[tuple(slice(start, start + size) for start, size in places)] = shard.tensor
-    dist.all_reduce(whole)
-    return whole
-
-
-def answer_by_name(plugin: Any) -> None:
-    """Let the optimizer that is about to be read answer by the names that a sharded checkpoint has, once.
-
-    Releases of accelerate that save by parameter name and load by parameter number ask it first.
-    """
-    optimizer, answer = vars(plugin).pop(_NAMED, (None, None))
-    if optimizer is None:
-        return
-
-    def state_dict() -> Any:
-        del vars(optimizer)["state_dict"]
-        return answer()
-
-    vars(optimizer)["state_dict"] = state_dict
-
-
-def _named_state(model: Any, optimizer: Any) -> Any:
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        return FullyShardedDataParallel.optim_state_dict(model, optimizer)
-    return get_optimizer_state_dict(model, optimizer)
-
-
-def _take_empty_step(optimizer: Any) -> None:
-    """Make the optimizer allocate its state and leave every parameter as it is."""
-    import torch
-
-    rates = [group["lr"] for group in optimizer.param_groups]
-    parameters = [item for group in optimizer.param_groups for item in group["params"] if item.requires_grad]
-    for group in optimizer.param_groups:
-        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    try:
-        optimizer.step()
-    finally:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        for parameter in parameters:
-            parameter.grad = None
+    gathering.put(model, prepared, state.read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -13,11 +14,14 @@ from trainer_fsdp_patch.files import verify
 from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared_for
-from trainer_fsdp_patch.saving import gathering, naming
+from trainer_fsdp_patch.saving import gathering, liveness, naming
 from trainer_fsdp_patch.shadowing import shadowed
 
 _SAVED: ContextVar[Prepared | None] = ContextVar("_SAVED", default=None)
 """The model whose bare adapter a Trainer is saving."""
+
+_EXPECTED: weakref.WeakKeyDictionary[Prepared, dict[str, set[str]]] = weakref.WeakKeyDictionary()
+"""Keys of each adapter's file."""
 
 
 @contextlib.contextmanager
@@ -110,8 +114,7 @@ def _adapter(accelerator: Any, model: Any, prepared: Prepared) -> dict[str, Any]
     sync.compare(list(adapter), list(adapter.values()), "before saving")
     gathered = gathering.whole(model, prepared)
     refuse_dead(adapter | gathered)
-    if prepared.liveness is not None:
-        prepared.liveness.warn_unmoved()
+    liveness.of(prepared).warn_unmoved()
     found = on_cpu(persistent(model, adapter) | gathering.aliased(prepared, gathering.stored(prepared, gathered)))
     found |= on_cpu(added(unwrap(model), prepared))
     prove(unwrap(model), found, prepared)
@@ -126,7 +129,7 @@ def added(model: Any, prepared: Prepared) -> dict[str, Any]:
 
     They may require gradients, for `set_adapter` asks for these. None was trained: a step that holds one is refused.
     """
-    names = set(getattr(model, "peft_config", {})) - prepared.expected.keys()
+    names = set(getattr(model, "peft_config", {})) - expected(prepared).keys()
     return {
         name: tensor
         for name, _, _, _, tensor, owned in (inventory.named_tensors(model) if names else ())
@@ -250,7 +253,12 @@ def keys(model: Any, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def note_keys(prepared: Prepared, entries: dict[str, dict[str, Any]]) -> None:
     """Keep which keys the file of each adapter has to have."""
-    prepared.expected = {adapter: set(entry) for adapter, entry in entries.items()}
+    _EXPECTED[prepared] = {adapter: set(entry) for adapter, entry in entries.items()}
+
+
+def expected(prepared: Prepared) -> dict[str, set[str]]:
+    """The keys that the file of each adapter has to have."""
+    return _EXPECTED.get(prepared, {})
 
 
 def expect(model: Any, prepared: Prepared) -> None:
@@ -278,9 +286,9 @@ def prove(model: Any, found: dict[str, Any], prepared: Prepared) -> None:
         AdapterError: on all ranks, naming the first key that is missing or too much.
     """
     for adapter, entry in keys(model, found).items():
-        if adapter not in prepared.expected:
+        if adapter not in expected(prepared):
             continue
-        differing = sorted(set(entry) ^ prepared.expected[adapter])
+        differing = sorted(set(entry) ^ expected(prepared)[adapter])
         if differing:
             raise AdapterError(
                 message(

@@ -9,6 +9,7 @@ from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import RankError, message
 from trainer_fsdp_patch.planning import footprint, inventory
 from trainer_fsdp_patch.planning.prepared import prepared_by, prepared_for
+from trainer_fsdp_patch.training import steps
 
 PATIENCE = 60.0
 """Seconds that a rank without memory waits for the others to be without it too."""
@@ -88,8 +89,9 @@ def _recover(trainer: Any) -> None:
 
     prepared, model = prepared_by(trainer), trainer.model
     assert prepared is not None
-    if prepared.averaging is not None:
-        prepared.averaging.forget()
+    averaging = steps.averaging_of(prepared)
+    if averaging is not None:
+        averaging.forget()
     for module in model.modules():
         # Neither version knows its root before the first forward.
         if isinstance(module, FullyShardedDataParallel):

@@ -30,7 +30,7 @@ def applied(upstream: Callable[..., Any], model: Any, *args: Any, **kwargs: Any)
     result = upstream(*args, **kwargs)
     after = gathering.dtype(model, prepared)
     if after != before:
-        prepared.cast = after
+        prepared.cast_to(after)
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel):
             _read_flat(module._handle)

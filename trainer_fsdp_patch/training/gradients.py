@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from trainer_fsdp_patch.names import unwrap
 from trainer_fsdp_patch.planning import footprint
 
 
@@ -140,8 +141,6 @@ def synchronises(accelerator: Callable[[], Any], model: Callable[[], Any]) -> bo
         accelerator: returns the run's, or None where it is gone.
         model: returns the planned one, bare.
     """
-    from trainer_fsdp_patch.names import unwrap
-
     owner, planned = accelerator(), model()
     if owner is None or planned is None:
         return True
@@ -159,28 +158,3 @@ def _flags(model: Any) -> list[bool]:
         for group in footprint.groups(module):
             return [bool(getattr(group, "reduce_grads", True))]
     return []
-
-
-def watch_outputs(module: Any, args: Any, output: Any) -> None:
-    """Forward hook of a planned model. It is a function of a module, so that models with it can be pickled.
-
-    Args:
-        module: whose forward has run; a copy of the planned model has the hook and no record.
-        args: of the forward.
-        output: tensors, or a structure of them.
-    """
-    import torch
-    from torch.utils import _pytree
-
-    from trainer_fsdp_patch.planning.prepared import prepared_for
-
-    compiling = getattr(torch.compiler, "is_compiling", lambda: False)()
-    if compiling or not torch.is_grad_enabled():
-        return
-    prepared = prepared_for(module)
-    if prepared is None or prepared.model() is not module or prepared.averaging is None:
-        return
-    prepared.averaging.begin_forward()
-    for item in _pytree.tree_leaves(output):
-        if isinstance(item, torch.Tensor) and item.requires_grad:
-            item.register_hook(prepared.averaging.begin)  # type: ignore[no-untyped-call]

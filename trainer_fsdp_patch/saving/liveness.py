@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from trainer_fsdp_patch import bits
 from trainer_fsdp_patch.errors import warn
+from trainer_fsdp_patch.planning.prepared import Prepared
+
+_LIVENESS: weakref.WeakKeyDictionary[Prepared, Liveness] = weakref.WeakKeyDictionary()
 
 
 class Liveness:
@@ -57,6 +61,16 @@ class Liveness:
                 "Check that the optimizer holds its parameters, and that the learning rate is not too small for "
                 "their dtype",
             )
+
+
+def watch(prepared: Prepared) -> None:
+    """Remember what the trainable tensors of a planned model are now."""
+    _LIVENESS[prepared] = Liveness([tensor for tensor in prepared.tensors if tensor.requires_grad])
+
+
+def of(prepared: Prepared) -> Liveness:
+    """What is remembered; from `watch` on."""
+    return _LIVENESS[prepared]
 
 
 def _moves(rate: Any) -> bool:

@@ -1,0 +1,86 @@
+"""What must not be a unit of FSDP: policies go by size or by class, and see neither what is shared nor who reads it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import Any
+
+from trainer_fsdp_patch.planning import inventory
+
+
+def others(model: Any, ignored: Collection[int] = ()) -> dict[int, set[int]]:
+    """For each module those that have a parameter of FSDP's, or a child that holds some, in common with it.
+
+    What FSDP ignores does not decide where a unit ends: an adapter's projections, dictionaries and trainable tensors
+    are shared by all layers, and each layer is a unit all the same.
+
+    Args:
+        model: before FSDP takes it.
+        ignored: parameters that FSDP will not own, by identity; those that are hidden need not be named.
+
+    Returns:
+        Identities of modules by identity of a module: parameters come and go.
+    """
+    users: dict[int, set[int]] = {}
+    owning = {id(module) for module in model.modules() if _owns(module, ignored)}
+    for module in model.modules():
+        parameters = [item for item in module._parameters.values() if item is not None and id(item) not in ignored]
+        children = [item for item in module._modules.values() if id(item) in owning]
+        for part in (*parameters, *children):
+            users.setdefault(id(part), set()).add(id(module))
+    others: dict[int, set[int]] = {}
+    for together in users.values():
+        if len(together) > 1:
+            for module in together:
+                others.setdefault(module, set()).update(together)
+    return others
+
+
+def _owns(module: Any, ignored: Collection[int]) -> bool:
+    return any(id(parameter) not in ignored for parameter in module.parameters())
+
+
+def barred(model: Any, ignored: Collection[int] = ()) -> Callable[[Any], bool]:
+    """Which modules must not be units of their own, for a wrap policy of FSDP1.
+
+    FSDP1 puts a unit in a module's place in one parent; another, as prompt learning is of embeddings, would miss it.
+
+    Args:
+        model: before it is wrapped.
+        ignored: parameters that FSDP will not own, by identity.
+    """
+    parents = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    within = parts(model) | {child for child, count in parents.items() if count > 1}
+    shared = others(model, ignored)
+    return lambda module: id(module) in within or reaches_outside([module], shared)
+
+
+def parts(model: Any) -> set[int]:
+    """Modules that work as a part of a unit only, by identity.
+
+    Adapters read what is below the layer that they adapt outside its forward, or hand on more than tensors around a
+    whole block, in which FSDP finds nothing to hook; peft goes past the forward of its tuner, and transformers finds
+    what a sub-model records by the name of its class, which FSDP2 changes.
+    """
+    from transformers import PreTrainedModel
+
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    tuners = inventory.tuners(model)
+    found = {id(item) for item in tuners}
+    for module in model.modules():
+        adapted = module not in tuners and inventory.is_adapted(module)
+        inside = getattr(module, "base_layer", None)
+        # Activation checkpointing has put its wrapper around the block by then.
+        around = type(getattr(inside, "_checkpoint_wrapped_module", inside)).__name__ in blocks
+        if isinstance(module, PreTrainedModel) or (adapted and around):
+            found.add(id(module))
+        elif adapted:
+            found.update(id(item) for item in module.modules() if item is not module)
+    return found
+
+
+def reaches_outside(modules: Any, others: dict[int, set[int]]) -> bool:
+    """Whether something below some modules belongs to others too: two units cannot both have it."""
+    inside = {id(part) for module in modules for part in module.modules()}
+    return any(not others.get(part, inside) <= inside for part in inside)

@@ -1,0 +1,190 @@
+"""FSDP2 takes a planned model: what it ignores is hidden, what cannot be a unit is none, and the forward is cast."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
+from typing import Any
+
+from trainer_fsdp_patch.errors import PlanError, message
+from trainer_fsdp_patch.planning import inventory, units
+from trainer_fsdp_patch.planning.prepared import prepared_for
+from trainer_fsdp_patch.shadowing import shadowed
+
+
+@contextlib.contextmanager
+def hide_ignored(model: Any) -> Iterator[None]:
+    """Hide what is not FSDP's while FSDP2 takes a model, then put the same objects back.
+
+    Hidden tensors are neither sharded nor moved to meta nor asked to be DTensors, on any torch.
+    """
+    prepared = prepared_for(model)
+    if prepared is None:
+        yield
+        return
+    known = {id(tensor) for tensor in prepared.tensors}
+    hidden = []
+    for _, kind, key, module, tensor, _ in list(inventory.named_tensors(model)):
+        if id(tensor) in known:
+            slots = module._parameters if kind == "parameter" else module._buffers
+            hidden.append((slots, key, tensor))
+            slots[key] = None
+    try:
+        with chosen(model):
+            yield
+    finally:
+        for slots, key, tensor in hidden:
+            slots[key] = tensor
+
+
+@contextlib.contextmanager
+def keep_dtype(model: Any) -> Iterator[None]:
+    """Ignore casts of a planned model: what is frozen keeps its dtype, and packed weights their bytes.
+
+    https://github.com/huggingface/accelerate/pull/3848
+    """
+    import torch
+
+    if prepared_for(model) is None:
+        yield
+        return
+    upstream = model.to
+
+    def to(target: Any) -> Any:
+        return model if isinstance(target, torch.dtype) else upstream(target)
+
+    with shadowed(model, to=to):
+        yield
+
+
+@contextlib.contextmanager
+def chosen(model: Any) -> Iterator[None]:
+    """Around accelerate's FSDP2 of a planned model: what cannot be a unit stays with the one around it.
+
+    Args:
+        model: planned; what is set aside is hidden already.
+
+    Raises:
+        PlanError: parameters are to be ignored on a torch before 2.7, which cannot.
+    """
+    from torch.distributed import fsdp
+
+    upstream: Any = vars(fsdp)["fully_shard"]
+    ignores = "ignored_params" in inspect.signature(upstream).parameters
+    within, others = units.parts(model), units.others(model)
+    waiting: list[Any] = []
+
+    def fully_shard(module: Any, **kwargs: Any) -> Any:
+        if not ignores and kwargs.pop("ignored_params", None):
+            _refuse_ignored()
+        if module is model:
+            return upstream(module, **kwargs)
+        modules = list(module) if isinstance(module, (list, tuple)) else [module]
+        if not all(_is_unit(item) and id(item) not in within for item in modules):
+            return module
+        if not units.reaches_outside(modules, others):
+            return upstream(module, **kwargs)
+        # accelerate sees no ties through PEFT's wrappers: it asks for the embeddings, and for the head later.
+        tied = [item for item in waiting if _is_unit(item) and not _nested(item, modules)]
+        if tied and not units.reaches_outside([*tied, *modules], others):
+            upstream([*tied, *modules], **kwargs)
+        else:
+            waiting.extend(modules)
+        return module
+
+    with shadowed(fsdp, fully_shard=fully_shard), shadowed(model, **_ties(model)):
+        yield
+
+
+def _is_unit(module: Any) -> bool:
+    """Whether torch takes a module: containers have no forward to gather before, and a unit's parts are taken."""
+    from torch import nn
+
+    if type(module).forward is nn.Module.forward:
+        return False
+    own = [item for child in _own(module) for item in child._parameters.values()]
+    return not any(isinstance(item, inventory.dtensor()) for item in own)
+
+
+def _own(module: Any) -> Iterator[Any]:
+    """A module and those below it that are not in units of their own."""
+    from torch.distributed.fsdp import FSDPModule
+
+    pending = [module]
+    while pending:
+        item = pending.pop()
+        yield item
+        pending += [child for child in item.children() if not isinstance(child, FSDPModule)]
+
+
+def _nested(one: Any, others: list[Any]) -> bool:
+    """Whether a module is inside one of the others, or has one of them inside."""
+    below = {id(part) for part in one.modules()}
+    return any(id(other) in below or any(part is one for part in other.modules()) for other in others)
+
+
+def _ties(model: Any) -> dict[str, Callable[[], None]]:
+    """A `tie_weights` that ties what was tied, wherever PEFT's wrappers have put it since.
+
+    transformers finds tied weights by the names that the base had before.
+    """
+    slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for _, _, key, module, tensor, _ in inventory.named_tensors(model):
+        if key in module._parameters:
+            slots.setdefault(id(tensor), []).append((module._parameters, key))
+    groups = [group for group in slots.values() if len(group) > 1]
+
+    def tie_weights() -> None:
+        for (first, name), *others in groups:
+            for place, key in others:
+                place[key] = first[name]
+
+    return {"tie_weights": tie_weights}
+
+
+def autocast_prepared(accelerator: Any, results: Sequence[Any]) -> None:
+    """Run planned models under autocast and return fp32, as accelerate does for one process, DDP and FSDP1.
+
+    Args:
+        accelerator: the run's.
+        results: what its `_prepare_fsdp2` returns, models among it.
+    """
+    from accelerate.utils import convert_outputs_to_fp32
+    from accelerate.utils.modeling import get_mixed_precision_context_manager
+    from torch import nn
+
+    # Programs that stand in for an accelerator may return anything.
+    for model in results if isinstance(results, (list, tuple)) else ():
+        if not isinstance(model, nn.Module) or prepared_for(model) is None:
+            continue
+        if accelerator.native_amp and "_original_forward" not in vars(model):
+            # The attribute is accelerate's own mark, by which unwrap_model takes the autocast off again.
+            vars(model)["_original_forward"] = model.forward
+            context = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
+            function = getattr(model.forward, "__func__", None)
+            if function is None:
+                model.forward = convert_outputs_to_fp32(context(model.forward))
+            else:
+                model.forward = MethodType(convert_outputs_to_fp32(context(function)), model)
+
+
+def keep_rng_state(model: Any) -> None:
+    """Make recomputation under activation checkpointing draw the noise of the first forward."""
+    for module in model.modules():
+        function = getattr(module, "checkpoint_fn", None)
+        if isinstance(function, functools.partial) and function.keywords.get("preserve_rng_state") is False:
+            keywords = {**function.keywords, "preserve_rng_state": True}
+            vars(module)["checkpoint_fn"] = functools.partial(function.func, *function.args, **keywords)
+
+
+def _refuse_ignored() -> None:
+    text = message(
+        "ignored_modules",
+        "given for FSDP2 on a torch that cannot ignore parameters",
+        "They would be sharded against your setting",
+        "Use torch 2.7 or newer, or leave ignored_modules out",
+    )
+    raise PlanError(text, setting="ignored_modules")

@@ -1,0 +1,107 @@
+"""Sharded checkpoints of an optimizer: a fresh one gets the state that they are read into, by their names."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from trainer_fsdp_patch.planning.prepared import prepared_by
+
+_NAMED: ContextVar[tuple[Any, Callable[[], Any]] | None] = ContextVar("_NAMED", default=None)
+"""The optimizer that is about to be read, and what it answers by name."""
+
+
+@contextlib.contextmanager
+def initialized_optimizer(trainer: Any, folder: str | None) -> Iterator[None]:
+    """Give a fresh optimizer the state that a sharded checkpoint is read into; without it nothing is read.
+
+    Args:
+        trainer: whose optimizer is about to be loaded.
+        folder: of the checkpoint, or None where the run starts anew.
+    """
+    prepared = prepared_by(trainer)
+    if folder is None or prepared is None or prepared.native:
+        yield
+        return
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    sharded = "SHARDED" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+    if not sharded or optimizer is None or optimizer.state:
+        yield
+        return
+    _take_empty_step(optimizer)
+    made = optimizer.state
+    token = _NAMED.set((trainer.optimizer, functools.partial(_named_state, trainer.model, optimizer)))
+    try:
+        yield
+    finally:
+        _NAMED.reset(token)
+        vars(trainer.optimizer).pop("state_dict", None)
+    if optimizer.state is made:
+        # Nothing was read, and a counter that says one step was taken would bend the first real one.
+        made.clear()
+    for state in optimizer.state.values():
+        state.update({key: _whole(value) for key, value in state.items() if hasattr(value, "local_shards")})
+
+
+def _whole(sharded: Any) -> Any:
+    """One tensor of what FSDP1 releases before accelerate 1.7 read in parts, each rank its own, also for replicas."""
+    import torch
+    import torch.distributed as dist
+
+    shards = sharded.local_shards()
+    device = shards[0].tensor.device if shards else sharded.device
+    whole = torch.zeros(sharded.size(), dtype=sharded.dtype, device=device)
+    for shard in shards:
+        places = zip(shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True)
+        whole[tuple(slice(start, start + size) for start, size in places)] = shard.tensor
+    dist.all_reduce(whole)
+    return whole
+
+
+def answer_by_name() -> None:
+    """Let the optimizer that is about to be read answer by the names that a sharded checkpoint has, once.
+
+    Releases of accelerate that save by parameter name and load by parameter number ask it first.
+    """
+    named = _NAMED.get()
+    if named is None:
+        return
+    optimizer, answer = named
+    _NAMED.set(None)
+
+    def state_dict() -> Any:
+        del vars(optimizer)["state_dict"]
+        return answer()
+
+    vars(optimizer)["state_dict"] = state_dict
+
+
+def _named_state(model: Any, optimizer: Any) -> Any:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return FullyShardedDataParallel.optim_state_dict(model, optimizer)
+    return get_optimizer_state_dict(model, optimizer)
+
+
+def _take_empty_step(optimizer: Any) -> None:
+    """Make the optimizer allocate its state and leave every parameter as it is."""
+    import torch
+
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [item for group in optimizer.param_groups for item in group["params"] if item.requires_grad]
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer.step()
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for parameter in parameters:
+            parameter.grad = None

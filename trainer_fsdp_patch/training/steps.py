@@ -1,0 +1,172 @@
+"""From one optimizer step to the next: averages at the end of each backward pass, and what is refused before a step."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.names import canonical
+from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.planning.prepared import Prepared, held_by, prepared_for
+from trainer_fsdp_patch.saving import liveness
+from trainer_fsdp_patch.training import elementwise, gradients
+
+_STEPS: weakref.WeakKeyDictionary[Prepared, Steps] = weakref.WeakKeyDictionary()
+
+
+class Steps:
+    """How a planned model is stepped.
+
+    Args:
+        averaging: averages its gradients.
+        trained: identities of the tensors that were trainable at any time.
+
+    Attributes:
+        optimizers: those that were looked at, by identity and number of parameters.
+    """
+
+    def __init__(self, averaging: gradients.Averaging, trained: set[int]) -> None:
+        self.averaging, self.trained = averaging, trained
+        self.optimizers: set[tuple[int, int]] = set()
+
+
+def watch(prepared: Prepared, accelerator: Any) -> None:
+    """Average from now on at the end of each backward pass, and before a step that finds something left.
+
+    Args:
+        prepared: of a model that accelerate is about to wrap.
+        accelerator: whose flag says which passes synchronise.
+    """
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    model = prepared.model()
+    # Hooks are torch's and outlive the model, so they hold neither the record nor the tensors.
+    record, owner = weakref.ref(prepared), weakref.ref(accelerator)
+    prepared.belongs_to(accelerator)
+    liveness.watch(prepared)
+
+    def average() -> None:
+        found = record()
+        if found is not None:
+            average_gradients(found)
+
+    trained = {id(tensor) for tensor in prepared.tensors if tensor.requires_grad}
+    synchronises = functools.partial(gradients.synchronises, owner, prepared.model)
+    _STEPS[prepared] = Steps(gradients.Averaging(prepared.tensors, average, synchronises), trained)
+    model.register_forward_hook(watch_outputs)
+
+    def before(optimizer: Any, args: Any, kwargs: Any) -> None:
+        found = record()
+        if found is not None:
+            before_step(found, optimizer)
+
+    weakref.finalize(model, register_optimizer_step_pre_hook(before).remove)
+
+
+def averaging_of(prepared: Prepared) -> gradients.Averaging | None:
+    """What averages the gradients of a planned model, from `watch` on."""
+    steps = _STEPS.get(prepared)
+    return None if steps is None else steps.averaging
+
+
+def average_gradients(prepared: Prepared) -> None:
+    """Average the gradients of what is replicated and was trainable at any time, as DDP does.
+
+    What is trainable right now may differ between ranks: peft's `disable_adapter()` freezes the adapter inside it.
+    """
+    trained = _STEPS[prepared].trained
+    trained.update(id(tensor) for tensor in prepared.tensors if tensor.requires_grad)
+    sync.average_gradients([tensor for tensor in prepared.tensors if id(tensor) in trained], prepared.groups)
+    liveness.of(prepared).note_gradients()
+
+
+def take_up(prepared: Prepared, later: dict[str, Any]) -> None:
+    """Average and compare adapters that came after the plan too from now on.
+
+    Args:
+        prepared: of a model that is trained again.
+        later: from `Prepared.later`, with the same bits on all ranks.
+    """
+    prepared.add(later)
+    liveness.watch(prepared)
+    averaging = averaging_of(prepared)
+    if averaging is not None:
+        averaging.note(later.values())
+
+
+def before_step(prepared: Prepared, optimizer: Any) -> None:
+    """Before an optimizer's step: average what no pass has averaged, and refuse what cannot be averaged.
+
+    Args:
+        prepared: of a planned model.
+        optimizer: any of this process.
+
+    Raises:
+        AdapterError: it steps a parameter of the model that no plan knows, or shards otherwise than full tensors.
+    """
+    steps = _STEPS[prepared]
+    stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if (id(optimizer), len(stepped)) not in steps.optimizers:
+        _refuse_unknown(prepared, stepped)
+        if not prepared.shards().isdisjoint(map(id, stepped)):
+            elementwise.refuse(optimizer, prepared.sharded[0], prepared.plan.fsdp_version)
+        steps.optimizers.add((id(optimizer), len(stepped)))
+    pending = steps.averaging.pending
+    if pending and not pending.isdisjoint(map(id, stepped)):
+        steps.averaging.finish()
+    liveness.of(prepared).note_step(optimizer)
+
+
+def _refuse_unknown(prepared: Prepared, stepped: list[Any]) -> None:
+    others = {id(parameter) for parameter in stepped if parameter.requires_grad} - prepared.known
+    for name, parameter in prepared.model().named_parameters() if others else ():
+        owned = isinstance(parameter, inventory.dtensor()) or prepared.is_sharded(name)
+        if id(parameter) in others and not owned:
+            raise AdapterError(
+                message(
+                    canonical(name),
+                    "became trainable after the model was prepared for FSDP, and the optimizer steps it",
+                    "No rank averages its gradient: each would train one of its own",
+                    "Add adapters before Trainer.train() is called, or start a new Trainer",
+                ),
+                tensor=canonical(name),
+            )
+
+
+def backward(upstream: Callable[[], Any], accelerator: Any) -> Any:
+    """Average the replicated gradients of every planned model after a backward pass of accelerate's.
+
+    Args:
+        upstream: the pass.
+        accelerator: whose flag says whether it synchronises.
+    """
+    found = map(averaging_of, held_by(accelerator))
+    return gradients.backward(upstream, accelerator, [item for item in found if item is not None])
+
+
+def watch_outputs(module: Any, args: Any, output: Any) -> None:
+    """Forward hook of a planned model. It is a function of a module, so that models with it can be pickled.
+
+    Args:
+        module: whose forward has run; a copy of the planned model has the hook and no record.
+        args: of the forward.
+        output: tensors, or a structure of them.
+    """
+    import torch
+    from torch.utils import _pytree
+
+    compiling = getattr(torch.compiler, "is_compiling", lambda: False)()
+    if compiling or not torch.is_grad_enabled():
+        return
+    prepared = prepared_for(module)
+    averaging = None if prepared is None or prepared.model() is not module else averaging_of(prepared)
+    if averaging is None:
+        return
+    averaging.begin_forward()
+    for item in _pytree.tree_leaves(output):
+        if isinstance(item, torch.Tensor) and item.requires_grad:
+            item.register_hook(averaging.begin)  # type: ignore[no-untyped-call]
