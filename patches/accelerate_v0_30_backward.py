@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.planning import gates
 from trainer_fsdp_patch.training import steps
 
 patch = Patch(__name__, versions="accelerate>=0.30.dev0", target="accelerate.accelerator")

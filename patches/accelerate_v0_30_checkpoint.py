@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.planning import gates
 from trainer_fsdp_patch.resuming import resume
 
 patch = Patch(__name__, versions="accelerate>=0.30.dev0,<1.7.dev0", target="accelerate.utils.fsdp_utils")

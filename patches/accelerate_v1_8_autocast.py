@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.planning import gates
 from trainer_fsdp_patch.preparing import fsdp2
 
 patch = Patch(__name__, versions="accelerate>=1.8.dev0", target="accelerate.accelerator")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.planning import gates
 from trainer_fsdp_patch.saving import writing
 
 patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft.config")

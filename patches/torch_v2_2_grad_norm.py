@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.planning import gates, prepared
+from trainer_fsdp_patch.planning import prepared
 
 patch = Patch(
     __name__,

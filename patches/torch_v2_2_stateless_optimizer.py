@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.planning import gates
 from trainer_fsdp_patch.resuming import optimizer
 
 patch = Patch(__name__, versions="torch>=2.2.dev0", target="torch.distributed.checkpoint.state_dict")

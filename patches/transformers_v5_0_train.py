@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.planning import gates
 from trainer_fsdp_patch.resuming import latest
 
 patch = Patch(__name__, versions="transformers>=5.0.dev0", target="transformers.trainer")

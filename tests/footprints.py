@@ -18,7 +18,7 @@ from pathlib import Path
 import architectures
 from matrix import METHODS, SIDES, Bench, Row, Setup, beside, has, numbers
 
-from trainer_fsdp_patch.planning import footprint
+from trainer_fsdp_patch.inspecting import footprint
 from trainer_fsdp_patch.testing import trial
 
 DATA = Path(__file__).parent / "data" / "footprints.json"

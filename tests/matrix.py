@@ -31,8 +31,8 @@ with warnings.catch_warnings():
     from methods import METHODS, ON_ARCHITECTURES, ON_LLAMA
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.planning import footprint
-from trainer_fsdp_patch.planning.footprint import Footprint
+from trainer_fsdp_patch.inspecting import footprint
+from trainer_fsdp_patch.inspecting.footprint import Footprint
 from trainer_fsdp_patch.testing import checking, trial
 from trainer_fsdp_patch.testing.trial import Outcome, Setup, Verdict
 

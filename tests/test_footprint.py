@@ -14,8 +14,9 @@ from faults import FLAVOURS, fsdp2
 from matrix import METHODS, Bench, Setup
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.planning import footprint, units
-from trainer_fsdp_patch.planning.footprint import Footprint
+from trainer_fsdp_patch.inspecting import footprint
+from trainer_fsdp_patch.inspecting.footprint import Footprint
+from trainer_fsdp_patch.planning import units
 from trainer_fsdp_patch.testing import stack, trial
 
 RECORD = {(row["method"], row["fsdp"]): row for row in json.loads(footprints.DATA.read_text())}

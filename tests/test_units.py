@@ -10,7 +10,8 @@ from faults import FLAVOURS, fsdp2, skip_without_reference
 from matrix import METHODS, Bench, Setup
 from test_plan import llama
 
-from trainer_fsdp_patch.planning import inventory, units
+from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.planning import units
 from trainer_fsdp_patch.planning.planning import make_plan
 from trainer_fsdp_patch.testing import trial
 

@@ -19,8 +19,8 @@ from faults import canary
 from matrix import METHODS, Bench, Setup, reference_of
 
 from trainer_fsdp_patch import bits
+from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.planning import inventory
 from trainer_fsdp_patch.testing import stack, trial
 from trainer_fsdp_patch.testing.trial import Outcome
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.errors import PlanError, message
-from trainer_fsdp_patch.planning.inventory import ADAPTER, BASE, QUANTIZED, Tensor
+from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, QUANTIZED, Tensor
 
 PLACEMENTS = ("auto", "replicate", "shard")
 FLOOR = 2**30

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from trainer_fsdp_patch.inspecting.footprint import Footprint
+from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, Tensor
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.planning.footprint import Footprint
-from trainer_fsdp_patch.planning.inventory import BASE, QUANTIZED, Tensor
 
 if TYPE_CHECKING:
     from trainer_fsdp_patch.planning.planning import Plan

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from trainer_fsdp_patch.errors import PlanError, message
+from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, Tensor
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.planning import budget, expecting, inventory
-from trainer_fsdp_patch.planning.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, Tensor
+from trainer_fsdp_patch.planning import budget, expecting
 
 SHARD, REPLICATE = "shard", "replicate"
 _AMP = {"no": None, "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}

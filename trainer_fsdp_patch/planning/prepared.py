@@ -8,8 +8,8 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical, unwrap
-from trainer_fsdp_patch.planning import inventory
 
 if TYPE_CHECKING:
     from trainer_fsdp_patch.planning.planning import Plan

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
 
-from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.inspecting import inventory
 
 
 def others(model: Any, ignored: Collection[int] = ()) -> dict[int, set[int]]:

@@ -10,8 +10,9 @@ from typing import Any
 
 from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError, PlanError, message
+from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical, unwrap
-from trainer_fsdp_patch.planning import budget, inventory, planning
+from trainer_fsdp_patch.planning import budget, planning
 from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_by, prepared_for
 from trainer_fsdp_patch.preparing import base_weights, later
 from trainer_fsdp_patch.preparing import plugin as plugins

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import bits, sync
 from trainer_fsdp_patch.errors import AdapterError, message
-from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared
 
 logger = logging.getLogger("trainer_fsdp_patch")

@@ -10,7 +10,8 @@ from types import MethodType
 from typing import Any
 
 from trainer_fsdp_patch.errors import PlanError, message
-from trainer_fsdp_patch.planning import inventory, units
+from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.planning import units
 from trainer_fsdp_patch.planning.prepared import prepared_for
 from trainer_fsdp_patch.shadowing import shadowed
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch.errors import PlanError, message, warn
-from trainer_fsdp_patch.planning import inventory, planning, units
+from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.planning import planning, units
 from trainer_fsdp_patch.planning.prepared import Prepared
 
 if TYPE_CHECKING:

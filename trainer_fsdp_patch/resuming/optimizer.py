@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer_fsdp_patch import sync
+from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.planning import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 from trainer_fsdp_patch.shadowing import shadowed
 

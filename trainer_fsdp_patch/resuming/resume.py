@@ -12,8 +12,8 @@ from typing import Any
 from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError, message
 from trainer_fsdp_patch.files import reading, verify
+from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import file_key, unwrap
-from trainer_fsdp_patch.planning import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared_for
 from trainer_fsdp_patch.saving import checkpoint, gathering
 

@@ -11,8 +11,8 @@ from typing import Any
 from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.files import verify
+from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical, unwrap
-from trainer_fsdp_patch.planning import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared_for
 from trainer_fsdp_patch.saving import gathering, liveness, naming
 from trainer_fsdp_patch.shadowing import shadowed

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer_fsdp_patch import sync, versions
+from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical, unwrap
-from trainer_fsdp_patch.planning import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 
 

@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from trainer_fsdp_patch.planning import footprint
-from trainer_fsdp_patch.planning.footprint import Footprint
+from trainer_fsdp_patch.inspecting import footprint
+from trainer_fsdp_patch.inspecting.footprint import Footprint
 from trainer_fsdp_patch.testing import trial
 from trainer_fsdp_patch.testing.trial import Setup
 

@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer_fsdp_patch.planning import expecting, footprint, inventory
-from trainer_fsdp_patch.planning.footprint import Footprint
+from trainer_fsdp_patch.inspecting import footprint, inventory
+from trainer_fsdp_patch.inspecting.footprint import Footprint
+from trainer_fsdp_patch.planning import expecting
 from trainer_fsdp_patch.planning.prepared import prepared_by
 from trainer_fsdp_patch.testing import cpu, stack
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import RankError, message
-from trainer_fsdp_patch.planning import footprint, inventory
+from trainer_fsdp_patch.inspecting import footprint, inventory
 from trainer_fsdp_patch.planning.prepared import prepared_by, prepared_for
 from trainer_fsdp_patch.training import steps
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from trainer_fsdp_patch.planning import footprint, inventory
+from trainer_fsdp_patch.inspecting import footprint, inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 from trainer_fsdp_patch.saving import gathering
 

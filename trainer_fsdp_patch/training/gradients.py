@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from trainer_fsdp_patch.inspecting import footprint
 from trainer_fsdp_patch.names import unwrap
-from trainer_fsdp_patch.planning import footprint
 
 
 class Averaging:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer_fsdp_patch import sync
-from trainer_fsdp_patch.planning import inventory
+from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_with
 from trainer_fsdp_patch.saving import gathering
 

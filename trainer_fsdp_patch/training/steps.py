@@ -9,8 +9,8 @@ from typing import Any
 
 from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.planning import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, held_by, prepared_for
 from trainer_fsdp_patch.saving import liveness
 from trainer_fsdp_patch.training import elementwise, gradients

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.patching.wrapping import Gate
-from trainer_fsdp_patch.planning import inventory
 from trainer_fsdp_patch.planning.prepared import any_prepared, none_prepared, prepared_by, prepared_for, prepared_with
 from trainer_fsdp_patch.resuming import latest
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, Tensor
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.planning.inventory import BASE, QUANTIZED, Tensor
 from trainer_fsdp_patch.shadowing import shadowed
 
 
@@ -281,7 +281,7 @@ class Watch:
 
     def whole(self) -> dict[str, int]:
         """Bytes of each parameter outside of units, by canonical name."""
-        from trainer_fsdp_patch.planning.inventory import dtensor, nbytes_of
+        from trainer_fsdp_patch.inspecting.inventory import dtensor, nbytes_of
 
         inside = {name for unit in self.units for name in unit.aliases.union(*unit.names.values())}
         flat = {id(getattr(unit.owner, "flat_param", None)) for unit in self.units}

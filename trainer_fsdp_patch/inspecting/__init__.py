@@ -1,0 +1,1 @@
+"""What a model holds, and what FSDP takes of a rank for it."""
