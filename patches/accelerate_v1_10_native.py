@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.preparing import applying
+from trainer_fsdp_patch.preparing import native
 
 patch = Patch(__name__, versions="accelerate>=1.10.dev0", target="accelerate.accelerator")
 
@@ -17,4 +17,4 @@ patch = Patch(__name__, versions="accelerate>=1.10.dev0", target="accelerate.acc
 @patch.wrap("Accelerator.prepare_model", "self", "model", "device_placement", "evaluation_mode", only=gates.model())
 def prepare_without_ddp(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Ask for what transformers 5.19 asks for itself."""
-    return applying.prepare_natively(wrapped, *args, **kwargs)
+    return native.prepare_model(wrapped, *args, **kwargs)

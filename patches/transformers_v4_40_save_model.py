@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.preparing import applying
+from trainer_fsdp_patch.preparing import native
 from trainer_fsdp_patch.saving import checkpoint, writing
 
 patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers.trainer")
@@ -18,6 +18,6 @@ patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers
 @patch.wrap("Trainer.save_model", "self", "output_dir", "_internal_call", only=gates.fsdp_trainer)
 def write_the_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Write first: the upstream function writes nothing then, and may push the folder. All ranks fail together."""
-    with writing.together(instance), checkpoint.saving(instance), applying.natively_gathered(instance):
-        applying.save_sharded(instance, args[0] if args else kwargs.get("output_dir"))
+    with writing.together(instance), checkpoint.saving(instance), native.gathered(instance):
+        checkpoint.save_sharded(instance, args[0] if args else kwargs.get("output_dir"))
         return wrapped(*args, **kwargs)

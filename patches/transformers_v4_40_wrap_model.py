@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.preparing import applying
+from trainer_fsdp_patch.preparing import prepare
 
 patch = Patch(
     __name__,
@@ -41,5 +41,5 @@ def plan_before_wrapping(wrapped: Any, instance: Any, args: tuple[Any, ...], kwa
     """Prepare the model first: accelerate reads the plugin that this settles."""
     if patch.stands():
         training = args[1] if len(args) > 1 else kwargs.get("training", True)
-        applying.prepare(instance, args[0] if args else kwargs["model"], training=training)
+        prepare.prepare(instance, args[0] if args else kwargs["model"], training=training)
     return wrapped(*args, **kwargs)

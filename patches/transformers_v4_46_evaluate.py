@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.preparing import applying
+from trainer_fsdp_patch.preparing import evaluate
 
 patch = Patch(__name__, versions="transformers>=4.46.dev0,<5.3.dev0", target="transformers.trainer")
 
@@ -21,5 +21,5 @@ patch = Patch(__name__, versions="transformers>=4.46.dev0,<5.3.dev0", target="tr
 )  # fmt: skip
 def prepare_first(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Do before the loop what it does in another way than `train()`, which unwraps what it finds wrapped."""
-    with applying.evaluating(instance):
+    with evaluate.evaluating(instance):
         return wrapped(*args, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,18 +133,3 @@ def barred(tensors: list[Tensor], fsdp_version: int, units: dict[str, set[str]],
 def _side_by_side() -> bool:
     """Whether accelerate clips sharded and whole gradients together, and torch takes a unit of two dtypes."""
     return versions.at_least("accelerate", "1.15.0") and versions.at_least("torch", "2.13.0")
-
-
-def separate(optimizer: Any, names: Iterable[Any]) -> None:
-    """Give sharded parameters groups of their own: torch steps no group that mixes them with whole ones.
-
-    Args:
-        optimizer: with the parameters that FSDP2 is about to shard.
-        names: those parameters.
-    """
-    ours = {id(parameter) for parameter in names}
-    for group in list(optimizer.param_groups):
-        mine = [item for item in group["params"] if id(item) in ours]
-        if mine and len(mine) < len(group["params"]):
-            group["params"] = [item for item in group["params"] if id(item) not in ours]
-            optimizer.add_param_group({**group, "params": mine})

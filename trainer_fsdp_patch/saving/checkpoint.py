@@ -300,3 +300,18 @@ def prove(model: Any, found: dict[str, Any], prepared: Prepared) -> None:
                 ),
                 tensor=differing[0],
             )
+
+
+def save_sharded(trainer: Any, folder: str | None) -> None:
+    """Write the adapter file where the Trainer writes none, under SHARDED_STATE_DICT; also before `train()`.
+
+    https://github.com/huggingface/transformers/issues/30491
+    """
+    if not trainer.is_fsdp_enabled:
+        return
+    if prepared_by(trainer) is None and not inventory.is_unwrapped_adapter(trainer.model):
+        return
+    if "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
+        found = trainer.accelerator.get_state_dict(trainer.model)
+        if trainer.args.should_save:
+            trainer._save(trainer.args.output_dir if folder is None else folder, state_dict=found)

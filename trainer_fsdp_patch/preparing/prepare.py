@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError, PlanError, message
 from trainer_fsdp_patch.inspecting import inventory
-from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning import budget, planning
-from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_by, prepared_for
+from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_for
 from trainer_fsdp_patch.preparing import base_weights, later
 from trainer_fsdp_patch.preparing import plugin as plugins
 from trainer_fsdp_patch.saving import checkpoint
-from trainer_fsdp_patch.training import elementwise, steps
+from trainer_fsdp_patch.training import elementwise, optimizer_groups, steps
 
 logger = logging.getLogger("trainer_fsdp_patch")
 
@@ -62,21 +59,8 @@ def prepare(trainer: Any, model: Any, *, training: bool = False) -> Prepared | N
     plan = plugins.plan_for(model, accelerator, plugin, explicit, why)
     prepared = settle(accelerator, Prepared(model, plan, data_parallel_groups(accelerator)))
     plugins.set_flags(prepared, plugin, explicit)
-    separate(trainer)
+    optimizer_groups.separate(trainer)
     return prepared
-
-
-def separate(trainer: Any) -> None:
-    """Step sharded and whole parameters in groups of their own, where FSDP2 is about to shard some.
-
-    Args:
-        trainer: whose optimizer may be made already; nothing happens where it is not, or where nothing is sharded.
-    """
-    prepared = prepared_by(trainer)
-    if prepared is None or trainer.optimizer is None or not prepared.sharded or prepared.plan.fsdp_version == 1:
-        return
-    parameters = {canonical(name): item for name, item in trainer.model.named_parameters(remove_duplicate=False)}
-    budget.separate(trainer.optimizer, [parameters[name] for name in prepared.sharded])
 
 
 def settle(accelerator: Any, prepared: Prepared) -> Prepared:
@@ -224,93 +208,3 @@ def _materialize(tensor: Any, device: Any) -> None:
         room = torch.nn.Parameter(room, requires_grad=tensor.requires_grad)
     vars(room).update(vars(tensor))
     torch.utils.swap_tensors(tensor, room)  # type: ignore[no-untyped-call]
-
-
-def prepare_to_evaluate(trainer: Any) -> None:
-    """Wrap a model that is evaluated before it is trained as `train()` would, with its optimizer under FSDP2.
-
-    https://github.com/huggingface/transformers/issues/39961
-
-    Args:
-        trainer: about to evaluate; nothing happens where its model is wrapped already or is not ours.
-    """
-    accelerator = trainer.accelerator
-    if accelerator._models or getattr(trainer.args, "torch_compile", False):
-        return
-    prepared = prepare(trainer, trainer.model)
-    if prepared is None or prepared.native:
-        return
-    plugin = accelerator.state.fsdp_plugin
-    if plugins.version_of(plugin) == 2:
-        trainer.create_optimizer()
-        separate(trainer)
-        trainer.model, trainer.optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
-    else:
-        trainer.model = accelerator.prepare(trainer.model)
-    trainer.model_wrapped = trainer.model
-
-
-@contextlib.contextmanager
-def evaluating(trainer: Any) -> Iterator[None]:
-    """Around an evaluation before `train()`, in releases that would take FSDP1's wrapper off and put on another.
-
-    Between the two the Trainer has the bare model, by which `train()` sees that it is wrapped already.
-
-    Args:
-        trainer: about to evaluate.
-    """
-    prepare_to_evaluate(trainer)
-    if trainer.optimizer is not None or inventory.fsdp_version(trainer.model_wrapped) != 1:
-        yield
-        return
-    trainer.model = trainer.model_wrapped
-    try:
-        yield
-    finally:
-        trainer.model = unwrap(trainer.model_wrapped)
-
-
-@contextlib.contextmanager
-def natively_gathered(trainer: Any) -> Iterator[None]:
-    """Around a save of a base that transformers sharded itself: the model answers with what all ranks have proven.
-
-    Args:
-        trainer: any; nothing happens where transformers did not shard.
-    """
-    prepared = prepared_by(trainer)
-    if prepared is None or not prepared.native:
-        yield
-        return
-    with checkpoint.gathered(prepared.model(), trainer.accelerator.get_state_dict(trainer.model)):
-        yield
-
-
-def prepare_natively(upstream: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Keep DDP away from a base that transformers sharded itself, as its own releases from 5.19 on do.
-
-    Args:
-        upstream: accelerate's `prepare_model`, bound.
-        model: a planned one.
-        *args: for upstream.
-        **kwargs: for upstream.
-    """
-    prepared = prepared_for(model)
-    assert prepared is not None
-    if not prepared.native:
-        return upstream(model, *args, **kwargs)
-    return upstream(model, device_placement=False, evaluation_mode=True)
-
-
-def save_sharded(trainer: Any, folder: str | None) -> None:
-    """Write the adapter file where the Trainer writes none, under SHARDED_STATE_DICT; also before `train()`.
-
-    https://github.com/huggingface/transformers/issues/30491
-    """
-    if not trainer.is_fsdp_enabled:
-        return
-    if prepared_by(trainer) is None and not inventory.is_unwrapped_adapter(trainer.model):
-        return
-    if "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
-        found = trainer.accelerator.get_state_dict(trainer.model)
-        if trainer.args.should_save:
-            trainer._save(trainer.args.output_dir if folder is None else folder, state_dict=found)
