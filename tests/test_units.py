@@ -87,7 +87,7 @@ def test_what_fsdp_ignores_does_not_decide_where_a_unit_ends(method: str) -> Non
     """All layers share projections, dictionaries or trainable tensors, and each is a unit all the same."""
     model = METHODS[method](llama())
     aside = {placement.tensor.name for placement in make_plan(model).set_aside}
-    ignored = {id(tensor) for name, *_, tensor, _ in inventory.named_tensors(model) if name in aside}
+    ignored = {id(slot.tensor) for slot in inventory.named_tensors(model) if slot.name in aside}
     barred = named(model, units.barred(model, ignored))
     assert not {name for name in barred if name.endswith(("layers.0", "layers.1"))}
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer_fsdp_patch.names import canonical
 
@@ -99,18 +100,49 @@ def is_native(model: Any) -> bool:
     return is_module(model) and alone and fsdp_version(model) == 2
 
 
-def named_tensors(model: Any) -> Iterator[tuple[str, str, str, Any, Any, bool]]:
-    """Every slot that holds a tensor: (canonical name, kind, key, module, tensor, owned by the adapter).
+class Slot(NamedTuple):
+    """A place in a module that holds a tensor.
+
+    Attributes:
+        name: canonical name.
+        kind: "parameter" or "buffer".
+        key: of the tensor in its module.
+        module: that holds it.
+        tensor: as it was when the model was walked.
+        owned: whether it sits in a module of the adapter.
+    """
+
+    name: str
+    kind: str
+    key: str
+    module: Any
+    tensor: Any
+    owned: bool
+
+    @property
+    def holder(self) -> dict[str, Any]:
+        """The module's own dictionary that holds the tensor."""
+        found: dict[str, Any] = self.module._parameters if self.kind == "parameter" else self.module._buffers
+        return found
+
+    @property
+    def persistent(self) -> bool:
+        """Whether state dicts have the tensor."""
+        return self.key not in self.module._non_persistent_buffers_set
+
+
+def named_tensors(model: Any) -> Iterator[Slot]:
+    """Every slot of a model that holds a tensor, breadth first.
 
     A tensor that several modules share comes once for each module object; a module that is a child
     of several others comes once, under its first name.
     """
     seen = set()
     # What the base reaches comes first: an adapter may refer to a base module, as prompt learning does to embeddings.
-    pending: dict[bool, list[tuple[str, Any]]] = {False: [("", model)], True: []}
+    pending: dict[bool, deque[tuple[str, Any]]] = {False: deque([("", model)]), True: deque()}
     while pending[False] or pending[True]:
         owned = not pending[False]
-        prefix, module = pending[owned].pop(0)
+        prefix, module = pending[owned].popleft()
         if id(module) in seen:
             continue
         seen.add(id(module))
@@ -118,7 +150,8 @@ def named_tensors(model: Any) -> Iterator[tuple[str, str, str, Any, Any, bool]]:
         for kind, slots in (("parameter", module._parameters), ("buffer", module._buffers)):
             for key, tensor in slots.items():
                 if tensor is not None:
-                    yield canonical(f"{prefix}.{key}".lstrip(".")), kind, key, module, tensor, owned or base is not None
+                    name = canonical(f"{prefix}.{key}".lstrip("."))
+                    yield Slot(name, kind, key, module, tensor, owned or base is not None)
         for key, child in module._modules.items():
             if child is not None:
                 inside = owned if base is None else key != base
@@ -159,7 +192,7 @@ def copied_modules(model: Any) -> list[Any]:
 
 def copies(model: Any) -> set[str]:
     """Names of the parameters of such modules."""
-    names = {id(tensor): name for name, _, _, _, tensor, _ in named_tensors(model)}
+    names = {id(slot.tensor): slot.name for slot in named_tensors(model)}
     return {names[id(parameter)] for module in copied_modules(model) for parameter in module.parameters()}
 
 
@@ -232,49 +265,37 @@ def take(model: Any) -> list[Tensor]:
     Returns:
         One entry for each distinct tensor, in the order of the modules, breadth first.
     """
-    names: dict[int, list[str]] = {}
-    first: dict[int, tuple[str, Any, Any]] = {}
-    owned: dict[int, bool] = {}
-    packed, persistent = set(), set()
-    for name, kind, key, module, tensor, belongs in named_tensors(model):
-        persistent.update([id(tensor)] if key not in module._non_persistent_buffers_set else [])
-        names.setdefault(id(tensor), []).append(name)
-        first.setdefault(id(tensor), (kind, module, tensor))
-        owned[id(tensor)] = owned.get(id(tensor), True) and belongs
-        if kind == "parameter" and not tensor.requires_grad and not belongs and is_quantized(tensor):
-            packed.add(id(module))
-    return [
-        _entry(
-            names[key],
-            kind,
-            _role(tensor, owned[key], kind, id(module) in packed),
-            tensor,
-            owned[key],
-            key in persistent,
-        )
-        for key, (kind, module, tensor) in first.items()
-    ]
+    shared: dict[int, list[Slot]] = {}
+    packed = set()
+    for slot in named_tensors(model):
+        shared.setdefault(id(slot.tensor), []).append(slot)
+        frozen = slot.kind == "parameter" and not slot.tensor.requires_grad and not slot.owned
+        if frozen and is_quantized(slot.tensor):
+            packed.add(id(slot.module))
+    return [_entry(slots, id(slots[0].module) in packed) for slots in shared.values()]
 
 
-def _role(tensor: Any, owned: bool, kind: str, packed: bool) -> str:
-    if tensor.requires_grad and kind == "parameter":
+def _role(slot: Slot, owned: bool, packed: bool) -> str:
+    if slot.tensor.requires_grad and slot.kind == "parameter":
         return ADAPTER
     if owned:
         return PROJECTION
     return QUANTIZED if packed else BASE
 
 
-def _entry(names: list[str], kind: str, role: str, tensor: Any, owned: bool, persistent: bool) -> Tensor:
+def _entry(slots: list[Slot], packed: bool) -> Tensor:
+    first, tensor = slots[0], slots[0].tensor
+    owned = all(slot.owned for slot in slots)
     return Tensor(
-        name=names[0],
-        names=tuple(names),
-        kind=kind,
-        role=role,
-        module=names[0].rpartition(".")[0],
+        name=first.name,
+        names=tuple(slot.name for slot in slots),
+        kind=first.kind,
+        role=_role(first, owned, packed),
+        module=first.name.rpartition(".")[0],
         shape=tuple(tensor.shape),
         dtype=type(tensor.data).__name__ if _parts(tensor) else str(tensor.dtype).removeprefix("torch."),
         nbytes=nbytes_of(tensor),
         trainable=bool(tensor.requires_grad),
         owned=owned,
-        persistent=persistent,
+        persistent=any(slot.persistent for slot in slots),
     )

@@ -226,7 +226,7 @@ def user_ignored(model: Any, ignored: str | Iterable[Any] | None) -> set[str]:
         if strangers:
             _refuse_ignored(f"{type(strangers[0]).__name__} is no module of the model that is trained")
     wanted = {id(parameter) for module in chosen for parameter in module.parameters()}
-    return {name for name, _, _, _, tensor, _ in inventory.named_tensors(model) if id(tensor) in wanted}
+    return {slot.name for slot in inventory.named_tensors(model) if id(slot.tensor) in wanted}
 
 
 def _matching(modules: dict[str, Any], text: str) -> list[Any]:

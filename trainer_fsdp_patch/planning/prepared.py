@@ -60,10 +60,8 @@ class Prepared:
 
     def refresh(self) -> None:
         """Look the tensors up again, after moves that may have replaced objects."""
-        slots = {
-            name: tensor for name, _, _, _, tensor, _ in inventory.named_tensors(self.model()) if name in self.roles
-        }
-        self.names, self.tensors = list(slots), list(slots.values())
+        found = {slot.name: slot.tensor for slot in inventory.named_tensors(self.model()) if slot.name in self.roles}
+        self.names, self.tensors = list(found), list(found.values())
         self.known = {id(tensor) for tensor in self.tensors}
 
     def of_adapter(self) -> dict[str, Any]:
@@ -86,12 +84,12 @@ class Prepared:
     def later(self) -> dict[str, Any]:
         """Tensors of adapters that came after the plan, by canonical name; FSDP has none of them."""
         found: dict[int, tuple[str, Any]] = {}
-        for name, _, _, _, tensor, owned in inventory.named_tensors(self.model()):
+        for slot in inventory.named_tensors(self.model()):
             # FSDP1 keeps the flat parameter of its root in the PeftModel itself.
-            flat = getattr(tensor, "_is_flat_param", False)
-            sharded = flat or isinstance(tensor, inventory.dtensor()) or self.is_sharded(name)
-            if owned and not sharded and id(tensor) not in self.known:
-                found.setdefault(id(tensor), (name, tensor))
+            flat = getattr(slot.tensor, "_is_flat_param", False)
+            sharded = flat or isinstance(slot.tensor, inventory.dtensor()) or self.is_sharded(slot.name)
+            if slot.owned and not sharded and id(slot.tensor) not in self.known:
+                found.setdefault(id(slot.tensor), (slot.name, slot.tensor))
         return dict(found.values())
 
     def shards(self) -> set[int]:

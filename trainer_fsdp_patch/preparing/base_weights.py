@@ -67,14 +67,14 @@ def _frozen(prepared: Prepared, by_fsdp: bool) -> list[tuple[str, Any]]:
     ignored = {id(tensor) for tensor in prepared.tensors}
     seen: set[int] = set()
     found = []
-    for name, _, key, module, tensor, _ in inventory.named_tensors(prepared.model()):
-        ours = id(tensor) in shared or name in prepared.sharded
-        # What code computes may be cached for as many positions as one rank has seen.
-        computed = key in module._non_persistent_buffers_set
-        if ours or computed or (by_fsdp and id(tensor) not in ignored) or id(tensor) in seen:
+    for slot in inventory.named_tensors(prepared.model()):
+        key = id(slot.tensor)
+        ours = key in shared or slot.name in prepared.sharded
+        # What code computes, and no state dict has, may be cached for as many positions as one rank has seen.
+        if ours or not slot.persistent or (by_fsdp and key not in ignored) or key in seen:
             continue
-        seen.add(id(tensor))
-        found += [(f"{name}{suffix}", part) for suffix, part in _parts(tensor)]
+        seen.add(key)
+        found += [(f"{slot.name}{suffix}", part) for suffix, part in _parts(slot.tensor)]
     return found
 
 

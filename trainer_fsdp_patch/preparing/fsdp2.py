@@ -26,19 +26,15 @@ def hide_ignored(model: Any) -> Iterator[None]:
     if prepared is None:
         yield
         return
-    known = {id(tensor) for tensor in prepared.tensors}
-    hidden = []
-    for _, kind, key, module, tensor, _ in list(inventory.named_tensors(model)):
-        if id(tensor) in known:
-            slots = module._parameters if kind == "parameter" else module._buffers
-            hidden.append((slots, key, tensor))
-            slots[key] = None
+    hidden = [slot for slot in inventory.named_tensors(model) if id(slot.tensor) in prepared.known]
+    for slot in hidden:
+        slot.holder[slot.key] = None
     try:
         with chosen(model):
             yield
     finally:
-        for slots, key, tensor in hidden:
-            slots[key] = tensor
+        for slot in hidden:
+            slot.holder[slot.key] = slot.tensor
 
 
 @contextlib.contextmanager
@@ -132,16 +128,16 @@ def _ties(model: Any) -> dict[str, Callable[[], None]]:
 
     transformers finds tied weights by the names that the base had before.
     """
-    slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    for _, _, key, module, tensor, _ in inventory.named_tensors(model):
-        if key in module._parameters:
-            slots.setdefault(id(tensor), []).append((module._parameters, key))
-    groups = [group for group in slots.values() if len(group) > 1]
+    shared: dict[int, list[inventory.Slot]] = {}
+    for slot in inventory.named_tensors(model):
+        if slot.kind == "parameter":
+            shared.setdefault(id(slot.tensor), []).append(slot)
+    groups = [group for group in shared.values() if len(group) > 1]
 
     def tie_weights() -> None:
-        for (first, name), *others in groups:
-            for place, key in others:
-                place[key] = first[name]
+        for first, *others in groups:
+            for other in others:
+                other.holder[other.key] = first.holder[first.key]
 
     return {"tie_weights": tie_weights}
 

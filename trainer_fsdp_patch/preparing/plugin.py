@@ -222,7 +222,7 @@ def _wrap_policy(prepared: Prepared, plugin: Any) -> None:
         plugin.auto_wrap_policy = functools.partial(_allowed, policy=plugin.auto_wrap_policy, barred=barred)
     if not wanted:
         return
-    names = {id(tensor): name for name, _, _, _, tensor, _ in inventory.named_tensors(model)}
+    names = {id(slot.tensor): slot.name for slot in inventory.named_tensors(model)}
     own = frozenset(
         id(module)
         for module in inventory.copied_modules(model)

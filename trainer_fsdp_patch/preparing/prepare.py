@@ -172,9 +172,9 @@ def place(prepared: Prepared, device: Any) -> None:
     broadcast: every rank has loaded the same ones.
     """
     model = prepared.model()
-    for name, _, _, module, tensor, _ in inventory.named_tensors(model):
-        if prepared.roles.get(name) == inventory.QUANTIZED and tensor.device != device:
-            module.to(device)
+    for slot in inventory.named_tensors(model):
+        if prepared.roles.get(slot.name) == inventory.QUANTIZED and slot.tensor.device != device:
+            slot.module.to(device)
     prepared.refresh()
     shared = []
     for name, tensor in zip(prepared.names, prepared.tensors, strict=True):
@@ -186,12 +186,12 @@ def place(prepared: Prepared, device: Any) -> None:
             tensor.data = tensor.data.to(device)
         shared.append(tensor)
     sync.broadcast(shared)
-    for name, _, _, _, tensor, _ in inventory.named_tensors(model) if prepared.sharded else ():
-        if name in prepared.sharded and not tensor.is_meta:
+    for slot in inventory.named_tensors(model) if prepared.sharded else ():
+        if slot.name in prepared.sharded and not slot.tensor.is_meta:
             # One at a time: they are sharded because each rank has no room for all.
-            whole = tensor.data.to(device)
-            sync.broadcast([whole])
-            tensor.data.copy_(whole)
+            full = slot.tensor.data.to(device)
+            sync.broadcast([full])
+            slot.tensor.data.copy_(full)
     adapter = prepared.of_adapter()
     sync.compare(list(adapter), list(adapter.values()), "after the broadcast")
 

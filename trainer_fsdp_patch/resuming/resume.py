@@ -139,7 +139,7 @@ def _copy_in(model: Any, prepared: Prepared, state_dict: dict[str, Any], read: d
     live = checkpoint.persistent(model, prepared.of_adapter()) | gathering.aliased(prepared, empty)
     known = names(model, live, as_peft=True) | names(model, live, as_peft=False)
     sharded = {id(tensor): name for name, tensor in empty.items()}
-    others = {name for name, *_ in inventory.named_tensors(unwrap(model))}
+    others = {slot.name for slot in inventory.named_tensors(unwrap(model))}
     values = {}
     for key, value in state_dict.items():
         tensor = known.get(key)

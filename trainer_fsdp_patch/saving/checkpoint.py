@@ -131,9 +131,9 @@ def added(model: Any, prepared: Prepared) -> dict[str, Any]:
     """
     names = set(getattr(model, "peft_config", {})) - expected(prepared).keys()
     return {
-        name: tensor
-        for name, _, _, _, tensor, owned in (inventory.named_tensors(model) if names else ())
-        if owned and not names.isdisjoint(name.split("."))
+        slot.name: slot.tensor
+        for slot in (inventory.named_tensors(model) if names else ())
+        if slot.owned and not names.isdisjoint(slot.name.split("."))
     }
 
 

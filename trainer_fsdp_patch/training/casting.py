@@ -64,6 +64,6 @@ def _look_up(prepared: Prepared) -> None:
 
     Not while FSDP2 takes the model: they are hidden then.
     """
-    here = {name for name, *_ in inventory.named_tensors(prepared.model())}
+    here = {slot.name for slot in inventory.named_tensors(prepared.model())}
     if here.issuperset(prepared.roles):
         prepared.refresh()
