@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from trainer_fsdp_patch.testing import forks
+
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -24,8 +26,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trainer_fsdp_patch.testing import checking, trial
-from trainer_fsdp_patch.testing.trial import Outcome, Setup
+from trainer_fsdp_patch.testing import check, trial
+from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 STEPS = 6
 SIDES = ("stock", "patched")
@@ -116,7 +118,7 @@ def compare(configure, fsdp: int, repeat: int) -> dict[str, tuple[float, float]]
     for _ in range(repeat):
         for side, kept in values.items():
             with tempfile.TemporaryDirectory() as folder:
-                outcome = trial.launch(measure, configure, fsdp, side == "patched", str(Path(folder)), ranks=2)[0]
+                outcome = forks.launch(measure, configure, fsdp, side == "patched", str(Path(folder)), ranks=2)[0]
             if outcome.error:
                 raise SystemExit(f"{configure.__name__} FSDP{fsdp} {side}: {outcome.error}")
             for name, numbers in outcome.extra.items():
@@ -143,8 +145,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--markdown", action="store_true", help="print the README's table")
     given = parser.parse_args()
-    trial.TIMEOUT = 300.0
-    checking.import_targets()
+    forks.TIMEOUT = 300.0
+    check.import_targets()
     rows = [row(configure, fsdp, compare(configure, fsdp, given.repeat)) for configure, fsdp in CASES]
     heads = ["case", *(head for head, _, _ in COLUMNS.values())]
     if given.markdown:

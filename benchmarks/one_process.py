@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch.testing import checking, trial
-from trainer_fsdp_patch.testing.trial import Setup
+from trainer_fsdp_patch.testing import check, trial
+from trainer_fsdp_patch.testing.case import Setup
 
 FIRST = 5
 """Steps of a training that are not counted: caches are filled in them."""
@@ -130,7 +130,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--most", type=float, default=0.1, help="milliseconds a step (0.1)")
     given = parser.parse_args()
-    checking.import_targets()
+    check.import_targets()
     found = measure(given.rounds, given.steps)
     table = Table(title=f"one process, LoRA, {given.rounds} rounds of {given.steps} steps", title_justify="left")
     for column in ("ms/step", "lower quartile", "median", "upper quartile"):

@@ -21,8 +21,8 @@ from rich.table import Table
 
 from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.saving import checkpoint, liveness, writing
-from trainer_fsdp_patch.testing import checking, trial
-from trainer_fsdp_patch.testing.trial import Outcome, Setup
+from trainer_fsdp_patch.testing import check, forks, trial
+from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 PARTS = {
     "ranks compared": (sync, "compare"),
@@ -89,12 +89,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=128)
     given = parser.parse_args()
     repeat = given.repeat + 1
-    trial.TIMEOUT = 300.0
-    checking.import_targets()
+    forks.TIMEOUT = 300.0
+    check.import_targets()
     medians = {}
     for patched in (False, True):
         with tempfile.TemporaryDirectory() as folder:
-            outcome = trial.launch(measure, patched, repeat, given.width, given.rank, folder, ranks=2)[0]
+            outcome = forks.launch(measure, patched, repeat, given.width, given.rank, folder, ranks=2)[0]
         if outcome.error:
             raise SystemExit(outcome.error)
         names = {name: None for row in outcome.extra["rows"] for name in row}

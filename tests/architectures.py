@@ -11,7 +11,7 @@ import quantizers
 import torch
 
 from trainer_fsdp_patch.testing import trial
-from trainer_fsdp_patch.testing.trial import Setup
+from trainer_fsdp_patch.testing.case import Setup
 
 WIDTH = 64
 TEXT: dict[str, Any] = {

@@ -28,8 +28,8 @@ from matrix import METHODS, Bench, reference_of
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.files import reading
 from trainer_fsdp_patch.names import canonical, unwrap
-from trainer_fsdp_patch.testing import trial
-from trainer_fsdp_patch.testing.trial import Outcome, Setup
+from trainer_fsdp_patch.testing import forks, trial
+from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 REPORTS = Path(__file__).parent / "reports"
 DATA = Path(__file__).parent / "data" / "cases.json"
@@ -181,7 +181,7 @@ def run(case: Case, setup: Setup, base: str, folder: Path, *, patched: bool) -> 
         outcomes = run(first, on if setup.ranks > 1 else reference_of(on), base, _before(folder), patched=patched)
         if any(outcome.error for outcome in outcomes):
             return outcomes
-    return trial.launch(work, case, setup, base, str(folder), setup.ranks, patched, ranks=setup.ranks)
+    return forks.launch(work, case, setup, base, str(folder), setup.ranks, patched, ranks=setup.ranks)
 
 
 def fault(outcomes: list[Outcome], one: Outcome, setup: Setup) -> str:
@@ -324,7 +324,7 @@ def record(only: str, missing: bool) -> int:
         {row["case"]: row["verdicts"] for row in json.loads(DATA.read_text())} if DATA.exists() else {}
     )
     cases = [(file, case) for file, listed in collected().items() for case in listed]
-    trial.TIMEOUT = 12.0
+    forks.TIMEOUT = 12.0
     with tempfile.TemporaryDirectory() as folder:
         ways = Ways(Bench(Path(folder)))
         for file, case in cases:

@@ -25,8 +25,8 @@ from matrix import METHODS, Bench, reference_of, with_a_head
 from trainer_fsdp_patch import bits, versions
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.files import reading, verify
-from trainer_fsdp_patch.testing import stack, trial
-from trainer_fsdp_patch.testing.trial import Outcome, Setup
+from trainer_fsdp_patch.testing import case, forks, releases, trial
+from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 Action = Callable[[Any, Path], "dict[str, Any] | None"]
 Arguments = dict[str, Any]
@@ -121,7 +121,7 @@ class Scene:
         where = folder or Path(tempfile.mkdtemp(dir=self.bench.folder)) / "run"
         where.mkdir(parents=True, exist_ok=True)
         arguments = (action, extra, setup, configure, self.bench.base, str(where), ranks, patched)
-        return trial.launch(work, *arguments, ranks=ranks)
+        return forks.launch(work, *arguments, ranks=ranks)
 
     def one(self, action: Action, setup: Setup, configure: Any = METHODS["lora"], **extra: Any) -> Outcome:
         key = (action, reference_of(setup), configure, tuple(sorted(extra.items())))
@@ -133,7 +133,7 @@ class Scene:
         return self.references[key]
 
     def right(self, outcomes: list[Outcome], one: Outcome, setup: Setup) -> str:
-        return failure(outcomes) or trial.compare(outcomes[0], one, setup).error
+        return failure(outcomes) or case.compare(outcomes[0], one, setup).error
 
 
 def failure(outcomes: list[Outcome]) -> str:
@@ -212,7 +212,7 @@ def best_at_end(scene: Scene, setup: Setup, *, patched: bool) -> str:
     writing = dataclasses.replace(setup, save_steps=1)
 
     def action(trainer: Any, folder: Path) -> None:
-        stack.evaluate_every_step(trainer)
+        releases.evaluate_every_step(trainer)
         trainer.train()
 
     outcomes = scene.run(action, writing, patched=patched, **extra)
@@ -243,7 +243,7 @@ def evaluated(scene: Scene, setup: Setup, *, patched: bool) -> str:
 
     def action(trainer: Any, folder: Path) -> dict[str, Any]:
         losses = [trainer.evaluate()["eval_loss"], trainer.predict(trainer.eval_dataset).metrics["test_loss"]]
-        stack.evaluate_every_step(trainer)
+        releases.evaluate_every_step(trainer)
         trainer.train()
         losses += [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         losses += [trainer.evaluate()["eval_loss"]]
@@ -254,7 +254,7 @@ def evaluated(scene: Scene, setup: Setup, *, patched: bool) -> str:
     wrong = scene.right(outcomes, one, setup)
     pairs = [] if wrong else list(zip(outcomes[0].extra["losses"], one.extra["losses"], strict=True))
     # From 4.46 to 4.49 a Trainer multiplies them by the number of ranks, under DDP too.
-    factor = 1 if versions.at_least("transformers", "4.50.0") or not stack.normalises_over_ranks() else 2
+    factor = 1 if versions.at_least("transformers", "4.50.0") or not releases.normalises_over_ranks() else 2
     off = max((abs(ours - theirs * factor) / theirs for ours, theirs in pairs), default=0.0)
     return wrong or (f"losses of evaluation are off by {off:.1e}" if off > setup.tolerance else "")
 
@@ -571,7 +571,7 @@ def with_two_adapters(model: Any) -> Any:
 
 def scenarios() -> Iterator[tuple[str, Callable[..., str], Setup]]:
     """Name, scenario and set-up, of those that the installed releases have."""
-    for fsdp in (1, 2) if stack.has_fsdp2() else (1,):
+    for fsdp in (1, 2) if releases.has_fsdp2() else (1,):
         base = Setup(f"FSDP{fsdp}", fsdp=fsdp)
         kinds = [dataclasses.replace(base, sharded=sharded) for sharded in (False, True)]
         for setup in kinds:
@@ -583,7 +583,7 @@ def scenarios() -> Iterator[tuple[str, Callable[..., str], Setup]]:
                 yield f"resume on 4 ranks, {kind}", other_ranks, setup
             yield f"torch.compile, {kind}", compiled, setup
             yield f"load_best_model_at_end, {kind}", best_at_end, setup
-        if "FULL" in stack.state_dict_type(base):
+        if "FULL" in releases.state_dict_type(base):
             yield f"save_only_model, FSDP{fsdp}", model_only, base
         amp = dataclasses.replace(base, amp="bf16")
         checkpointing = dataclasses.replace(base, activation_checkpointing=True)
@@ -647,7 +647,7 @@ def main() -> int:
     parser.add_argument("--no-stock", action="store_true", help="leave the unpatched side out")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     given = parser.parse_args()
-    trial.TIMEOUT = 20.0
+    forks.TIMEOUT = 20.0
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         scene = Scene(Bench(Path(folder)))

@@ -14,15 +14,15 @@ from matrix import METHODS, Bench, Setup, has, reference_of
 import trainer_fsdp_patch
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.patching import registry, wrapping
-from trainer_fsdp_patch.testing import stack, trial
+from trainer_fsdp_patch.testing import case, forks, releases, trial
 
 PROJECTED = ("vera", "pvera", "randlora", "frod")
-FLAVOURS = [1, 2] if stack.has_fsdp2() else [1]
+FLAVOURS = [1, 2] if releases.has_fsdp2() else [1]
 """Versions of FSDP that this stack trains on the devices that are here."""
 
 fsdp2 = pytest.mark.skipif(2 not in FLAVOURS, reason="no FSDP2 with these releases and devices")
 
-packed = pytest.mark.skipif(not stack.has_bitsandbytes(), reason="no bitsandbytes with these releases and devices")
+packed = pytest.mark.skipif(not releases.has_bitsandbytes(), reason="no bitsandbytes with these releases and devices")
 
 
 def _refusal() -> str:
@@ -144,11 +144,11 @@ def equals_one_process(bench: Bench, configure: Callable[[Any], Any], setup: Set
     """A model that is not one of the matrix's: patched ranks train and save what one process does."""
     one = trial.run(reference_of(setup), configure, bench.base, folder / "one", ranks=1, patched=False)
     assert not one.error, one.extra
-    verdict = trial.compare(trial.run(setup, configure, bench.base, folder / "ranks"), one, setup)
+    verdict = case.compare(trial.run(setup, configure, bench.base, folder / "ranks"), one, setup)
     assert verdict.right, verdict.error
 
 
-def units(classes: list[str] | None, patched: bool, setup: Setup, base: str, folder: str, rank: int) -> trial.Outcome:
+def units(classes: list[str] | None, patched: bool, setup: Setup, base: str, folder: str, rank: int) -> case.Outcome:
     """Classes of FSDP1's units after a run with LoRA, in a rank; `classes` is the user's own list."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from transformers import Trainer
@@ -159,12 +159,12 @@ def units(classes: list[str] | None, patched: bool, setup: Setup, base: str, fol
     trainer = Trainer(model=METHODS["lora"](trial.load_base(base, setup)), args=given, train_dataset=trial.dataset(12))
     trainer.train()
     found = [type(module.module).__name__ for module in FullyShardedDataParallel.fsdp_modules(trainer.model_wrapped)]
-    return trial.Outcome(extra={"units": sorted(found)})
+    return case.Outcome(extra={"units": sorted(found)})
 
 
 def units_of(bench: Bench, folder: Path, classes: list[str] | None = None, *, patched: bool) -> list[str]:
     """The same from two ranks."""
-    outcomes = trial.launch(units, classes, patched, Setup("u", fsdp=1), bench.base, str(folder), ranks=2)
+    outcomes = forks.launch(units, classes, patched, Setup("u", fsdp=1), bench.base, str(folder), ranks=2)
     assert not outcomes[0].error, outcomes[0].extra
     return outcomes[0].extra["units"]
 

@@ -19,7 +19,7 @@ import architectures
 from matrix import METHODS, SIDES, Bench, Row, Setup, beside, has, numbers
 
 from trainer_fsdp_patch.inspecting import footprint
-from trainer_fsdp_patch.testing import trial
+from trainer_fsdp_patch.testing import forks, trial
 
 DATA = Path(__file__).parent / "data" / "footprints.json"
 NAMES = ("units", "rest", "base", "whole", "gathered", "collectives")
@@ -94,7 +94,7 @@ def main() -> int:
         return 0
     enlarge()
     # Stock runs that hang do so for ever.
-    trial.TIMEOUT = 15.0
+    forks.TIMEOUT = 15.0
     part, parts = map(int, given.part.split("/"))
     rows = []
     with tempfile.TemporaryDirectory() as folder:

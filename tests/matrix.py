@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer_fsdp_patch.testing import case, forks
+
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -33,10 +35,10 @@ with warnings.catch_warnings():
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.inspecting import footprint
 from trainer_fsdp_patch.inspecting.footprint import Footprint
-from trainer_fsdp_patch.testing import checking, trial
-from trainer_fsdp_patch.testing.trial import Outcome, Setup, Verdict
+from trainer_fsdp_patch.testing import check, trial
+from trainer_fsdp_patch.testing.case import Outcome, Setup, Verdict
 
-checking.import_targets()
+check.import_targets()
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     with contextlib.suppress(ImportError):
@@ -187,7 +189,7 @@ class Bench:
     def cell(self, method: str, setup: Setup, *, patched: bool) -> tuple[Outcome, Verdict]:
         where = self.folder / f"{method}-{setup.name}-{patched}".replace(" ", "_")
         outcome = trial.run(setup, METHODS[method], self.base_of(METHODS[method].architecture), where, patched=patched)
-        return outcome, trial.compare(outcome, self.reference(method, reference_of(setup)), setup)
+        return outcome, case.compare(outcome, self.reference(method, reference_of(setup)), setup)
 
     def resumed(self, configure: Callable[[Any], Any], setup: Setup, name: str, *, patched: bool) -> str:
         """Train, save a resume checkpoint on the way and the adapter at the end, and resume; "" where all is right.
@@ -202,14 +204,14 @@ class Bench:
         writing = dataclasses.replace(setup, save_steps=trial.STEPS - 1)
         first = trial.run(writing, configure, self.base, where, patched=patched)
         self.took[name, setup.name, patched] = first.footprint
-        verdict = trial.compare(first, one, setup)
+        verdict = case.compare(first, one, setup)
         if not verdict.right:
             return verdict.error
         resuming = dataclasses.replace(setup, resume=str(where / f"checkpoint-{trial.STEPS - 1}"))
         again = trial.run(resuming, configure, self.base, Path(f"{where} again"), patched=patched)
         if not again.error and len(again.losses) != 1:
             return f"resumed: it took {len(again.losses)} steps instead of 1"
-        verdict = trial.compare(again, one, setup)
+        verdict = case.compare(again, one, setup)
         return "" if verdict.right else f"resumed: {verdict.error}"
 
     @functools.cache  # noqa: B019
@@ -258,7 +260,7 @@ def counts(rows: list[Row], side: str) -> str:
 def measured(chosen: list[tuple[str, Setup]], sides: Sequence[str], jobs: int) -> list[Row]:
     """Rows of cells, by so many processes at a time; a method is one process's, for the sake of its references."""
     # Stock runs that hang do so for ever; a cell takes about a second.
-    trial.TIMEOUT = 15.0
+    forks.TIMEOUT = 15.0
     methods = list(dict.fromkeys(method for method, _ in chosen))
     with tempfile.TemporaryDirectory() as folder:
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trainer_fsdp_patch.testing import trial
-from trainer_fsdp_patch.testing.trial import Setup
+from trainer_fsdp_patch.testing.case import Setup
 
 GROUP = 32
 LAYERS = ("q_proj", "o_proj", "gate_proj")

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer_fsdp_patch.testing import forks
+
 DATA = Path(__file__).parent / "data"
 PACKAGES = ("transformers", "accelerate", "peft", "torch", "bitsandbytes")
 
@@ -25,7 +27,7 @@ def scenarios() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     import peft
     from matrix import METHODS, Setup, has, with_a_head
 
-    from trainer_fsdp_patch.testing import stack
+    from trainer_fsdp_patch.testing import releases
 
     def ia3(model: Any) -> Any:
         targets = ["k_proj", "v_proj", "down_proj"]
@@ -33,7 +35,7 @@ def scenarios() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
 
     adapters = {"VeRA": METHODS["vera"], "LoRA": METHODS["lora"], "RandLora": METHODS["randlora"]}
     adapters |= {"IA3": ia3, "modules_to_save": with_a_head}
-    for fsdp in (1, 2) if stack.has_fsdp2() else (1,):
+    for fsdp in (1, 2) if releases.has_fsdp2() else (1,):
         for setup in (Setup(f"FSDP{fsdp}", fsdp=fsdp), Setup(f"FSDP{fsdp} amp", fsdp=fsdp, amp="bf16")):
             for adapter, configure in adapters.items():
                 if has(adapter.lower()):
@@ -45,9 +47,8 @@ def here(only: str, *, stock: bool) -> dict[str, Any]:
     from matrix import SIDES, Bench, beside, numbers
 
     from trainer_fsdp_patch import versions
-    from trainer_fsdp_patch.testing import trial
 
-    trial.TIMEOUT = 20.0
+    forks.TIMEOUT = 20.0
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from walk import STEPS, arguments, attempt, base_model, documented, heard, plain, trained, trainer_of, whole
 
 from trainer_fsdp_patch.planning import planning, prepared
-from trainer_fsdp_patch.testing import cpu, stack, trial
-from trainer_fsdp_patch.testing.trial import Setup
+from trainer_fsdp_patch.testing import cpu, releases, trial
+from trainer_fsdp_patch.testing.case import Setup
 
 WITHOUT_BEST = {"load_best_model_at_end": False, "metric_for_best_model": None}
 Run = Callable[[str], dict[str, Any]]
@@ -120,7 +120,7 @@ def fsdp(version: int, *, beside: bool = True, **changes: Any) -> Run:
         import transformers.trainer
 
         def start() -> Any:
-            given = arguments(**stack.fsdp(setup), **best)
+            given = arguments(**releases.fsdp(setup), **best)
             cpu.bridge(given)
             return given
 
@@ -156,7 +156,7 @@ def looking(version: int) -> Run:
         import torch
 
         def start() -> Any:
-            given = arguments(**stack.fsdp(setup), **WITHOUT_BEST, auto_find_batch_size=True)
+            given = arguments(**releases.fsdp(setup), **WITHOUT_BEST, auto_find_batch_size=True)
             cpu.bridge(given)
             return given
 
@@ -275,7 +275,7 @@ def before(make: Callable[[], Any]) -> Any:
 WITHOUT_ADAPTER: dict[str, tuple[Run, int]] = {
     "one process": (alone(), 1),
     "DDP": (ddp(), 2),
-    **{f"FSDP{version}": (fsdp(version, beside=False), 2) for version in ([1, 2] if stack.has_fsdp2() else [1])},
+    **{f"FSDP{version}": (fsdp(version, beside=False), 2) for version in ([1, 2] if releases.has_fsdp2() else [1])},
 }
 """Those that run where peft is not installed, and their ranks."""
 
@@ -305,7 +305,7 @@ def plugins(base: str) -> dict[str, Any]:
     """What the plugin has made of it, and what was warned of meanwhile."""
     from accelerate import FullyShardedDataParallelPlugin
 
-    versions = ({"fsdp_version": 1}, {"fsdp_version": 2}) if stack.has_fsdp2() else ({},)
+    versions = ({"fsdp_version": 1}, {"fsdp_version": 2}) if releases.has_fsdp2() else ({},)
 
     def made(make: Callable[[], Any], change: Callable[[Any], Any], version: dict[str, int]) -> Any:
         ignored = make()

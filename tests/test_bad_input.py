@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from matrix import METHODS, Bench, Setup, trial
 
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome
 
 
 def spoiled(spoil: Any, setup: Setup, base: str, folder: str, rank: int) -> Outcome:
@@ -37,7 +38,7 @@ def spoiled(spoil: Any, setup: Setup, base: str, folder: str, rank: int) -> Outc
 
 def errors(bench: Bench, spoil: Any, folder: Path, setup: Setup) -> list[str]:
     """Messages of both ranks; no step was made."""
-    outcomes = trial.launch(spoiled, spoil, setup, bench.base, str(folder), ranks=2)
+    outcomes = forks.launch(spoiled, spoil, setup, bench.base, str(folder), ranks=2)
     for outcome in outcomes:
         assert not outcome.error, outcome.extra.get("traceback", outcome.error)
         assert outcome.extra["steps"] == 0
@@ -95,7 +96,7 @@ def test_a_users_ignored_modules_win(bench: Bench, tmp_path: Path) -> None:
             return {name: isinstance(item, DTensor) for name, item in thing.model.named_parameters()}
         return None
 
-    for outcome in trial.launch(spoiled, spoil, Setup("users"), bench.base, str(tmp_path), ranks=2):
+    for outcome in forks.launch(spoiled, spoil, Setup("users"), bench.base, str(tmp_path), ranks=2):
         assert not outcome.error, outcome.extra
         sharded = outcome.extra["after"]
         assert not any(value for name, value in sharded.items() if ".mlp." in name or "vera" in name)
@@ -173,7 +174,7 @@ def test_an_adapter_that_one_rank_alone_adds_later(bench: Bench, tmp_path: Path,
             thing.train()
         return None
 
-    for outcome in trial.launch(spoiled, spoil, Setup("late", fsdp=fsdp), bench.base, str(tmp_path), ranks=2):
+    for outcome in forks.launch(spoiled, spoil, Setup("late", fsdp=fsdp), bench.base, str(tmp_path), ranks=2):
         assert not outcome.error, outcome.extra.get("traceback", outcome.error)
         assert outcome.extra["error"].startswith("AdapterError: ")
         assert "not alike on rank 0 and rank 1" in outcome.extra["error"]
@@ -238,7 +239,7 @@ def test_an_adapter_that_must_not_be_saved(
     bench: Bench, tmp_path: Path, fsdp: int, value: float, ranks: tuple[int, ...], expected: str
 ) -> None:
     setup = Setup("dead", fsdp=fsdp)
-    for outcome in trial.launch(spoiled, spoil_tensor(value, ranks), setup, bench.base, str(tmp_path), ranks=2):
+    for outcome in forks.launch(spoiled, spoil_tensor(value, ranks), setup, bench.base, str(tmp_path), ranks=2):
         assert not outcome.error, outcome.extra.get("traceback", outcome.error)
         assert expected in outcome.extra["after"]["text"]
         assert "vera_lambda_d" in outcome.extra["after"]["text"]
@@ -256,7 +257,7 @@ def test_use_orig_params_false_in_fsdp_config_is_warned_of(bench: Bench, tmp_pat
             warnings.simplefilter("error", category=TrainerFsdpPatchWarning)
         return None
 
-    for outcome in trial.launch(spoiled, spoil, Setup("orig"), bench.base, str(tmp_path), ranks=2):
+    for outcome in forks.launch(spoiled, spoil, Setup("orig"), bench.base, str(tmp_path), ranks=2):
         assert "use_orig_params: False is asked for with FSDP2" in outcome.error
 
 
@@ -272,5 +273,5 @@ def test_a_trainable_base_weight_is_warned_of(bench: Bench, tmp_path: Path) -> N
             warnings.simplefilter("error", category=__import__("trainer_fsdp_patch").errors.TrainerFsdpPatchWarning)
         return None
 
-    for outcome in trial.launch(spoiled, spoil, Setup("unfrozen"), bench.base, str(tmp_path), ranks=2):
+    for outcome in forks.launch(spoiled, spoil, Setup("unfrozen"), bench.base, str(tmp_path), ranks=2):
         assert "model.norm.weight: trainable, but part of no adapter" in outcome.error

@@ -15,7 +15,8 @@ from matrix import METHODS, Bench, Setup, trial
 from safetensors.torch import load_file
 
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome
 
 
 class Scorer(torch.nn.Module):
@@ -51,7 +52,7 @@ def test_a_model_of_which_the_adapter_is_a_part_is_saved_whole(bench: Bench, tmp
     setup = Setup("part", fsdp=fsdp)
     for ranks, name in ((1, "one"), (2, "ranks")):
         case = Setup("one", fsdp=0) if ranks == 1 else setup
-        outcomes = trial.launch(part_of_a_model, case, bench.base, str(tmp_path / name), ranks, ranks=ranks)
+        outcomes = forks.launch(part_of_a_model, case, bench.base, str(tmp_path / name), ranks, ranks=ranks)
         assert not any(outcome.error for outcome in outcomes), outcomes[0].extra
     one, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "ranks"))
     assert one.keys() == ours.keys()
@@ -80,7 +81,7 @@ def by_hand(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
 @pytest.mark.parametrize("storage", ["", pytest.param("8bit", marks=packed), pytest.param("uint8", marks=packed)])
 def test_a_state_dict_by_hand_is_whole(bench: Bench, tmp_path: Path, fsdp: int, storage: str) -> None:
     setup = Setup("hand", fsdp=fsdp, storage=storage, dtype="bfloat16" if storage else "float32")
-    outcomes = trial.launch(by_hand, setup, bench.base, str(tmp_path), ranks=2)
+    outcomes = forks.launch(by_hand, setup, bench.base, str(tmp_path), ranks=2)
     assert [outcome.error for outcome in outcomes] == ["", ""], outcomes[0].extra
     assert outcomes[0].extra == {"lacks": [], "changed": []}
 
@@ -112,6 +113,6 @@ def own_save(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
 
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_what_users_override_gets_what_upstream_gives(bench: Bench, tmp_path: Path, fsdp: int) -> None:
-    outcomes = trial.launch(own_save, Setup("own", fsdp=fsdp), bench.base, str(tmp_path), ranks=2)
+    outcomes = forks.launch(own_save, Setup("own", fsdp=fsdp), bench.base, str(tmp_path), ranks=2)
     assert [outcome.error for outcome in outcomes] == ["", ""], outcomes[0].extra
     assert any(key.endswith("mlp.up_proj.weight") for key in outcomes[0].extra["keys"])

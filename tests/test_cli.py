@@ -24,10 +24,10 @@ def test_check_is_right_in_every_set_up() -> None:
 def test_check_fails_where_a_patched_cell_is_wrong(python: Callable[..., str]) -> None:
     code = """
 from trainer_fsdp_patch import sync
-from trainer_fsdp_patch.testing import checking
-checking.SETUPS = checking.SETUPS[3:4]
+from trainer_fsdp_patch.testing import check
+check.SETUPS = check.SETUPS[3:4]
 sync.average_gradients = lambda *args: 0
-print(checking.check())
+print(check.check())
 """
     printed = python(code)
     assert printed.endswith("\n1")
@@ -36,10 +36,10 @@ print(checking.check())
 
 def test_check_on_a_number_of_ranks_that_does_not_divide_its_batch(python: Callable[..., str]) -> None:
     code = """
-from trainer_fsdp_patch.testing import checking
-checking.SETUPS = checking.SETUPS[:1] + checking.SETUPS[-1:]
-checking.ranks = lambda: 3
-print(checking.check())
+from trainer_fsdp_patch.testing import check
+check.SETUPS = check.SETUPS[:1] + check.SETUPS[-1:]
+check.ranks = lambda: 3
+print(check.check())
 """
     printed = python(code)
     assert "VeRA on 3 ranks" in printed

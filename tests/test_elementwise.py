@@ -14,7 +14,8 @@ from matrix import METHODS, Bench, Setup, trial
 
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome, compare
 from trainer_fsdp_patch.training import elementwise
 
 native = where("transformers>=5.15.dev0")
@@ -33,7 +34,7 @@ def test_the_placement_that_shards_leaves_their_tensors_full(
     one, two = (
         trial.run(setup, head, bench.base, tmp_path / str(ranks), ranks=ranks, patched=ranks > 1) for ranks in (1, 2)
     )
-    verdict = trial.compare(two, one, setup)
+    verdict = compare(two, one, setup)
     assert verdict.error == ""
 
 
@@ -86,7 +87,7 @@ def trained(kind: str, setup: Setup, base: str, folder: str, rank: int) -> Outco
 @pytest.mark.parametrize("kind", ["Adafactor", "Adadelta"])
 def test_one_that_is_made_after_the_plan(bench: Bench, tmp_path: Path, kind: str) -> None:
     setup = Setup("own", fsdp=1, placement="shard")
-    for outcome in trial.launch(trained, kind, setup, bench.base, str(tmp_path), ranks=2):
+    for outcome in forks.launch(trained, kind, setup, bench.base, str(tmp_path), ranks=2):
         assert not outcome.error, outcome.extra.get("traceback")
         assert outcome.extra["moved"] == (kind == "Adadelta")
         assert (HEAD in outcome.extra["said"]) == (kind == "Adafactor")

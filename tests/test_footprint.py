@@ -17,7 +17,7 @@ from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.inspecting import footprint
 from trainer_fsdp_patch.inspecting.footprint import Footprint
 from trainer_fsdp_patch.planning import units
-from trainer_fsdp_patch.testing import stack, trial
+from trainer_fsdp_patch.testing import case, forks, releases, trial
 
 RECORD = {(row["method"], row["fsdp"]): row for row in json.loads(footprints.DATA.read_text())}
 SAMPLE = ["vera", "lora", "t5 vera", "llama_tied lora_tokens", "lora_replicated"]
@@ -41,7 +41,7 @@ def test_a_fresh_count_takes_no_more_than_plan_and_stock(large: Bench, method: s
         assert row == RECORD[method, fsdp]
 
 
-def prefetching(setup: Setup, base: str, folder: str, rank: int) -> trial.Outcome:
+def prefetching(setup: Setup, base: str, folder: str, rank: int) -> case.Outcome:
     """Train while FSDP1 gathers the next unit of the backward pass ahead."""
     upstream = trial.enter
 
@@ -54,14 +54,14 @@ def prefetching(setup: Setup, base: str, folder: str, rank: int) -> trial.Outcom
     return trial.train(setup, METHODS["lora"], base, folder, 2, True, rank)
 
 
-@pytest.mark.skipif(not stack.at_least("transformers", "5.1.0"), reason="older releases are asked in other ways")
+@pytest.mark.skipif(not releases.at_least("transformers", "5.1.0"), reason="older releases are asked in other ways")
 def test_prefetching_is_in_the_plan(bench: Bench, tmp_path: Path) -> None:
     """Two units at once, which the plan without it would call one too many."""
     counts = []
     for name, function in (("ahead", prefetching), ("plain", trial.train)):
         setup, rest = Setup(name, fsdp=1), (bench.base, str(tmp_path / name))
         case = (setup, *rest) if name == "ahead" else (setup, METHODS["lora"], *rest, 2, True)
-        [outcome, _] = trial.launch(function, *case, ranks=2)
+        [outcome, _] = forks.launch(function, *case, ranks=2)
         assert not outcome.error, outcome.extra
         assert outcome.footprint.gathered <= outcome.planned.gathered
         counts.append(outcome.footprint.gathered)
@@ -79,7 +79,7 @@ def test_the_record_has_every_method_and_nothing_that_takes_too_much() -> None:
 @fsdp2
 def test_layers_that_are_no_units_are_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that equals one process and gathers the whole base at once is wrong."""
-    monkeypatch.setattr(units, "_reaches_outside", lambda *args: True)
+    monkeypatch.setattr(units, "reaches_outside", lambda *args: True)
     outcome, verdict = bench.cell("vera", Setup("f2", fsdp=2), patched=True)
     assert not outcome.error
     assert verdict.worst < 1e-3

@@ -18,7 +18,8 @@ from faults import FLAVOURS
 from matrix import METHODS, Bench, Setup, reference_of, trial
 
 from trainer_fsdp_patch import sync
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome, compare
 
 Step = Callable[[Any, Any, Any], Any]
 
@@ -106,11 +107,11 @@ def test_a_training_step_of_the_users_own(bench: Bench, tmp_path: Path, step: St
     if step is asks_for_gradients and fsdp == 1:
         pytest.skip("FSDP1 frees what a second pass over the graph needs")
     setup = Setup(step.__name__, fsdp=fsdp)
-    [one] = trial.launch(run, step, reference_of(setup), bench.base, str(tmp_path / "one"), 1, ranks=1)
+    [one] = forks.launch(run, step, reference_of(setup), bench.base, str(tmp_path / "one"), 1, ranks=1)
     assert not one.error, one.extra
-    outcomes = trial.launch(run, step, setup, bench.base, str(tmp_path / "ranks"), 2, ranks=2)
+    outcomes = forks.launch(run, step, setup, bench.base, str(tmp_path / "ranks"), 2, ranks=2)
     assert [outcome.error for outcome in outcomes] == ["", ""], outcomes[0].extra
-    verdict = trial.compare(outcomes[0], one, setup)
+    verdict = compare(outcomes[0], one, setup)
     assert verdict.right, verdict.error
     for outcome in outcomes:
         assert outcome.extra["averages"] == [averages] * trial.STEPS
@@ -130,13 +131,13 @@ def test_a_pass_within_a_checkpointed_region_is_not_the_end(bench: Bench, tmp_pa
             inner.enable_input_require_grads()
         return plain(trainer, model, inputs)
 
-    one = trial.launch(run, plain, reference_of(dataclasses.replace(setup, checkpointing=False)), bench.base,
+    one = forks.launch(run, plain, reference_of(dataclasses.replace(setup, checkpointing=False)), bench.base,
                        str(tmp_path / "one"), 1, ranks=1)[0]  # fmt: skip
     assert not one.error, one.extra
-    outcomes = trial.launch(run, reentrant, setup, bench.base, str(tmp_path / "ranks"), 2, ranks=2)
+    outcomes = forks.launch(run, reentrant, setup, bench.base, str(tmp_path / "ranks"), 2, ranks=2)
     assert [outcome.error for outcome in outcomes] == ["", ""], outcomes[0].extra
     assert outcomes[0].extra["averages"] == [1] * trial.STEPS
-    verdict = trial.compare(outcomes[0], one, setup)
+    verdict = compare(outcomes[0], one, setup)
     assert verdict.right, verdict.error
 
 
@@ -177,15 +178,15 @@ def test_a_rank_whose_loss_misses_the_adapter_takes_part(
     for outcome in outcomes:
         assert outcome.extra["averages"] == [1] * trial.STEPS
     # Each rank logs the mean of the losses, one process the last one alone.
-    verdict = trial.compare(dataclasses.replace(outcomes[0], losses=[]), one, setup)
+    verdict = compare(dataclasses.replace(outcomes[0], losses=[]), one, setup)
     assert verdict.right, verdict.error
 
 
 def both(train: Any, setup: Setup, bench: Bench, folder: Path) -> tuple[Outcome, list[Outcome]]:
     """The same training in one process and on two ranks."""
-    [one] = trial.launch(train, reference_of(setup), bench.base, str(folder / "one"), 1, ranks=1)
+    [one] = forks.launch(train, reference_of(setup), bench.base, str(folder / "one"), 1, ranks=1)
     assert not one.error, one.extra
-    outcomes = trial.launch(train, setup, bench.base, str(folder / "ranks"), 2, ranks=2)
+    outcomes = forks.launch(train, setup, bench.base, str(folder / "ranks"), 2, ranks=2)
     assert [outcome.error for outcome in outcomes] == ["", ""], outcomes[0].extra
     return one, outcomes
 
@@ -241,7 +242,7 @@ def test_two_models_in_one_accelerator(bench: Bench, tmp_path: Path, step: Step,
     """Each that was planned is averaged once a step, whoever calls backward; FSDP has the other to itself."""
     setup = Setup(step.__name__, fsdp=fsdp)
     one, outcomes = both(functools.partial(two_models, step, planned), setup, bench, tmp_path)
-    verdict = trial.compare(outcomes[0], one, setup)
+    verdict = compare(outcomes[0], one, setup)
     assert verdict.right, verdict.error
     for outcome in outcomes:
         assert outcome.extra["averages"] == [1 + planned] * trial.STEPS

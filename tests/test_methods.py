@@ -10,6 +10,8 @@ from matrix import METHODS, Bench, Setup, trial
 from methods import tuned
 from safetensors.torch import load_file
 
+from trainer_fsdp_patch.testing import forks
+
 SETTINGS = {
     "pvera": ("PveraConfig", {"r": 8, "projection_prng_key": 1}),
     "dropout": ("LoraConfig", {"lora_dropout": 0.3}),
@@ -26,7 +28,7 @@ def test_ranks_agree_though_each_draws_noise(bench: Bench, tmp_path: Path, name:
     if not method.exists:
         pytest.skip(f"this peft has no {config}")
     setup = Setup("noisy", fsdp=fsdp, amp=amp)
-    outcomes = trial.launch(trial.train, setup, method, bench.base, str(tmp_path), 2, True, ranks=2)
+    outcomes = forks.launch(trial.train, setup, method, bench.base, str(tmp_path), 2, True, ranks=2)
     assert [outcome.error for outcome in outcomes] == ["", ""]
     first, second = (outcome.steps for outcome in outcomes)
     for ours, theirs in zip(first, second, strict=True):

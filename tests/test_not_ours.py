@@ -35,7 +35,7 @@ import trainer_fsdp_patch
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.patching import registry, wrapping
 from trainer_fsdp_patch.planning import prepared
-from trainer_fsdp_patch.testing import stack
+from trainer_fsdp_patch.testing import releases
 
 BEFORE: dict[int, tuple[str, ...]] = {1: (), 2: ("before",)}
 """What upstream refuses of FSDP, by its version: an evaluation before train(). FSDP1 cannot train after one."""
@@ -79,7 +79,7 @@ if versions.installed("deepspeed"):
     ]
 if versions.at_least("peft", "0.17.0"):
     SCENARIOS += [Scenario("one process, LoRA of parameters", strangers.of_parameters)]
-if stack.has_bitsandbytes() and has("shira"):
+if releases.has_bitsandbytes() and has("shira"):
     _packed = {"dtype": "bfloat16", "storage": "uint8"}
     SCENARIOS += [
         Scenario("one process, SHiRA on 4 bits", alone("shira", model=_packed, bf16=True), refused=("load_state",))

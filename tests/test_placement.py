@@ -14,8 +14,8 @@ from test_plan import llama
 import trainer_fsdp_patch
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.planning import budget, planning
-from trainer_fsdp_patch.testing import stack
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks, releases
+from trainer_fsdp_patch.testing.case import Outcome
 
 HEAD = "base_model.model.lm_head.modules_to_save.default.weight"
 side_by_side = where("accelerate>=1.15.dev0", "torch>=2.13.dev0")
@@ -109,7 +109,7 @@ def test_each_rank_holds_its_part_alone(bench: Bench, tmp_path: Path, fsdp: int)
     lora, head = 8 * 4 * 64, 96 * 64
     for placement, whole in (("shard", head // 2), ("replicate", head)):
         setup = Setup("held", fsdp=fsdp, placement=placement)
-        for outcome in trial.launch(held, setup, bench.base, str(tmp_path), ranks=2):
+        for outcome in forks.launch(held, setup, bench.base, str(tmp_path), ranks=2):
             assert not outcome.error, outcome.extra
             expected = whole + (lora // 2 if (fsdp, placement) == (2, "shard") else lora)
             assert outcome.extra == {"parameters": expected, "moments": expected}
@@ -148,9 +148,9 @@ def hybrid(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 @pytest.mark.parametrize("groups", [False, True])
 def test_the_ranks_of_one_copy_of_the_base_share_it(bench: Bench, tmp_path: Path, fsdp: int, groups: bool) -> None:
-    if groups and not stack.at_least("transformers", "5.10.0"):
+    if groups and not releases.at_least("transformers", "5.10.0"):
         pytest.skip("older releases are asked for this in other ways")
     setup = Setup("shards", fsdp=fsdp, ranks=4, hybrid=groups)
-    outcomes = trial.launch(hybrid, setup, bench.base, str(tmp_path), ranks=4)
+    outcomes = forks.launch(hybrid, setup, bench.base, str(tmp_path), ranks=4)
     assert not any(outcome.error for outcome in outcomes), outcomes[0].extra
     assert outcomes[0].extra["shards"] == outcomes[0].footprint.ranks

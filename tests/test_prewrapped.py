@@ -13,7 +13,8 @@ from matrix import METHODS, Bench, Setup, trial
 import trainer_fsdp_patch
 from trainer_fsdp_patch.errors import PatchError
 from trainer_fsdp_patch.patching import prewrapped
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome
 
 
 def late(strict: bool, setup: Setup, base: str, folder: str, rank: int) -> Outcome:
@@ -40,7 +41,7 @@ def late(strict: bool, setup: Setup, base: str, folder: str, rank: int) -> Outco
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_it_is_told(bench: Bench, tmp_path: Path, fsdp: int) -> None:
     setup = Setup("late", fsdp=fsdp)
-    for outcome in trial.launch(late, False, setup, bench.base, str(tmp_path), ranks=2):
+    for outcome in forks.launch(late, False, setup, bench.base, str(tmp_path), ranks=2):
         assert not outcome.error, outcome.extra
         assert len(outcome.extra["models"]) == 1
         assert outcome.extra["models"][0].startswith("PeftModel")
@@ -51,7 +52,7 @@ def test_it_is_told(bench: Bench, tmp_path: Path, fsdp: int) -> None:
 
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_strict_raises(bench: Bench, tmp_path: Path, fsdp: int) -> None:
-    for outcome in trial.launch(late, True, Setup("late", fsdp=fsdp), bench.base, str(tmp_path), ranks=2):
+    for outcome in forks.launch(late, True, Setup("late", fsdp=fsdp), bench.base, str(tmp_path), ranks=2):
         assert "wrapped by FSDP already" in outcome.extra["error"]
 
 

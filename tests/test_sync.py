@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from trainer_fsdp_patch import bits, sync
 from trainer_fsdp_patch.errors import AdapterError
-from trainer_fsdp_patch.testing import trial
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome
 
 
 def on_ranks(function: Any, ranks: int) -> list[Any]:
@@ -22,7 +22,7 @@ def on_ranks(function: Any, ranks: int) -> list[Any]:
         dist.init_process_group("gloo")
         return Outcome(extra={"result": function(rank)})
 
-    outcomes = trial.launch(child, ranks=ranks)
+    outcomes = forks.launch(child, ranks=ranks)
     for outcome in outcomes:
         assert not outcome.error, outcome.extra.get("traceback")
     return [outcome.extra["result"] for outcome in outcomes]
@@ -119,6 +119,6 @@ def test_a_rank_that_has_ended_is_said_to_have() -> None:
         sync.average_gradients([parameter], [None])
         return Outcome()
 
-    first, _ = trial.launch(child, ranks=2)
+    first, _ = forks.launch(child, ranks=2)
     assert first.error.startswith("RankError: average of the adapter's gradients: another rank has ended")
     assert "resume from the last checkpoint" in first.error

@@ -9,7 +9,8 @@ import pytest
 from matrix import METHODS, Bench, Setup, reference_of, trial
 from safetensors.torch import load_file
 
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome, compare
 
 
 def bare(model: Any) -> Any:
@@ -65,11 +66,11 @@ def in_turn(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
 def test_two_trainers_in_turn(bench: Bench, tmp_path: Path, fsdp: int) -> None:
     """accelerate keeps one plugin for the process, so the second plan meets what the first has set."""
     setup = Setup("turn", fsdp=fsdp, amp="bf16")
-    outcomes = trial.launch(in_turn, setup, bench.base, str(tmp_path), ranks=2)
+    outcomes = forks.launch(in_turn, setup, bench.base, str(tmp_path), ranks=2)
     assert not outcomes[0].error, outcomes[0].extra
     reference = bench.reference("lora", reference_of(setup))
     outcomes[0].losses, outcomes[0].norms = reference.losses, reference.norms
-    verdict = trial.compare(outcomes[0], reference, setup)
+    verdict = compare(outcomes[0], reference, setup)
     assert verdict.right, verdict.error
 
 
@@ -90,7 +91,7 @@ def twice(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
 
 @pytest.mark.parametrize("fsdp", [1, 2])
 def test_train_evaluate_train(bench: Bench, tmp_path: Path, fsdp: int) -> None:
-    for outcome in trial.launch(twice, Setup("twice", fsdp=fsdp), bench.base, str(tmp_path), ranks=2):
+    for outcome in forks.launch(twice, Setup("twice", fsdp=fsdp), bench.base, str(tmp_path), ranks=2):
         assert not outcome.error, outcome.extra
         assert outcome.losses[1] < outcome.losses[0]
 
@@ -112,6 +113,6 @@ def test_checkpoints_are_written(bench: Bench, tmp_path: Path, fsdp: int, storag
         trainer.train()
         return Outcome()
 
-    for outcome in trial.launch(child, ranks=2):
+    for outcome in forks.launch(child, ranks=2):
         assert not outcome.error, outcome.extra["traceback"]
     assert len(load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")) == 8

@@ -13,7 +13,7 @@ from test_plan import llama
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning import units
 from trainer_fsdp_patch.planning.planning import make_plan
-from trainer_fsdp_patch.testing import trial
+from trainer_fsdp_patch.testing import case, forks, trial
 
 BLOCK = "LlamaDecoderLayer"
 
@@ -92,7 +92,7 @@ def test_what_fsdp_ignores_does_not_decide_where_a_unit_ends(method: str) -> Non
     assert not {name for name in barred if name.endswith(("layers.0", "layers.1"))}
 
 
-def unit_names(method: str, setup: Setup, base: str, folder: str, rank: int) -> trial.Outcome:
+def unit_names(method: str, setup: Setup, base: str, folder: str, rank: int) -> case.Outcome:
     """FSDP2's units after a step, each with the number of parameters that it owns."""
     from torch.distributed.fsdp import FSDPModule
     from transformers import Trainer
@@ -103,7 +103,7 @@ def unit_names(method: str, setup: Setup, base: str, folder: str, rank: int) -> 
     trainer = Trainer(model=model, args=given, train_dataset=METHODS[method].dataset(trial.BATCH))
     trainer.train()
     found = [name for name, module in trainer.model.named_modules() if isinstance(module, FSDPModule)]
-    return trial.Outcome(extra={"units": found})
+    return case.Outcome(extra={"units": found})
 
 
 @fsdp2
@@ -116,6 +116,6 @@ def test_fsdp2_shards_layer_by_layer(bench: Bench, tmp_path: Path, method: str, 
     if not METHODS[method].exists:
         pytest.skip(f"this peft has no {method}")
     base = bench.base_of(METHODS[method].architecture)
-    outcomes = trial.launch(unit_names, method, Setup("units"), base, str(tmp_path), ranks=2)
+    outcomes = forks.launch(unit_names, method, Setup("units"), base, str(tmp_path), ranks=2)
     assert not outcomes[0].error, outcomes[0].extra
     assert len(outcomes[0].extra["units"]) == units, outcomes[0].extra["units"]

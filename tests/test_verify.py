@@ -233,7 +233,7 @@ def test_merged_in_a_fresh_process(bench: Bench, trained: Path) -> None:
             return checkpoints.Outcome(extra={"logits": model(torch.arange(12)[None]).logits, "names": str(model)})
 
     ours, theirs, none = (
-        checkpoints.trial.launch(merged, folder, ranks=1)[0]
+        checkpoints.forks.launch(merged, folder, ranks=1)[0]
         for folder in (str(trained), one.folder, f"{one.folder}/init")
     )
     assert not ours.error, ours.extra

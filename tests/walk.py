@@ -22,8 +22,8 @@ from typing import Any
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.patching import registry
-from trainer_fsdp_patch.testing import stack, trial
-from trainer_fsdp_patch.testing.trial import Outcome, Setup
+from trainer_fsdp_patch.testing import forks, releases, trial
+from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 LOGGERS, STEPS = ("transformers", "accelerate", "peft", "torch", "DeepSpeed"), 3
 CLOCK = ("runtime", "per_second", "preparation_time")
@@ -73,7 +73,7 @@ def run(scenario: Scenario, base: str, folder: Path, *, patched: bool) -> dict[s
 
 def _outcomes(scenario: Scenario, base: str, folder: Path, *, patched: bool) -> list[Outcome]:
     folder.mkdir(parents=True)
-    return trial.launch(work, scenario, base, str(folder), patched, ranks=scenario.ranks)
+    return forks.launch(work, scenario, base, str(folder), patched, ranks=scenario.ranks)
 
 
 def differences(stock: dict[str, Any], patched: dict[str, Any]) -> list[str]:
@@ -106,7 +106,7 @@ def work(scenario: Scenario, base: str, folder: str, patched: bool, rank: int) -
 
     torch.set_num_threads(1)
     os.chdir(folder)
-    stack.environment()
+    releases.environment()
     transformers.logging.set_verbosity_warning()
     reached: set[str] = set()
     if patched:

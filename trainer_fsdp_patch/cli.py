@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{text}\n")
         return 2
     if given.command == "check":
-        from trainer_fsdp_patch.testing import checking
+        from trainer_fsdp_patch.testing import check
 
-        return checking.check()
+        return check.check()
     if given.command == "seams":
         return _seams(record=given.record)
     if given.markdown:
@@ -109,9 +109,9 @@ def _saved(given: argparse.Namespace) -> int:
 
 def _seams(*, record: bool) -> int:
     from trainer_fsdp_patch.patching import seams
-    from trainer_fsdp_patch.testing import checking
+    from trainer_fsdp_patch.testing import check
 
-    checking.import_targets()
+    check.import_targets()
     if record:
         seams.record()
     return seams.report()
@@ -124,11 +124,11 @@ def _missing() -> list[str]:
 def _status(*, as_json: bool) -> int:
     """Import the targets, patch, and print the state of every patch; 1 where one failed."""
     import trainer_fsdp_patch
-    from trainer_fsdp_patch.testing import checking
+    from trainer_fsdp_patch.testing import check
 
     trainer_fsdp_patch.patch()
     if not _missing():
-        checking.import_targets()
+        check.import_targets()
     states = trainer_fsdp_patch.status()
     found = {package: str(versions.installed(package) or "absent") for package in versions.NEWEST_TESTED}
     if as_json:

@@ -7,7 +7,8 @@ import pytest
 from faults import FLAVOURS, canary
 from matrix import METHODS, Bench, Setup, reference_of, trial
 
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome, compare
 
 NAME = "accelerate_v0_30_backward"
 
@@ -26,7 +27,7 @@ def without_average(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
 
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_without_it_ranks_train_adapters_of_their_own(bench: Bench, tmp_path: Path, fsdp: int) -> None:
-    outcomes = trial.launch(without_average, Setup("alone", fsdp=fsdp), bench.base, str(tmp_path), ranks=2)
+    outcomes = forks.launch(without_average, Setup("alone", fsdp=fsdp), bench.base, str(tmp_path), ranks=2)
     for outcome in outcomes:
         assert "its bits differ between ranks before saving" in outcome.error
 
@@ -44,7 +45,7 @@ def counted(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_one_average_for_each_accumulation_window(bench: Bench, tmp_path: Path, fsdp: int) -> None:
     setup = Setup("window", fsdp=fsdp, accumulation=3)
-    for outcome in trial.launch(counted, setup, bench.base, str(tmp_path), ranks=2):
+    for outcome in forks.launch(counted, setup, bench.base, str(tmp_path), ranks=2):
         assert outcome.extra["calls"] == [1] * trial.STEPS
 
 
@@ -52,5 +53,5 @@ def test_without_it_the_plan_stands_back(bench: Bench, tmp_path: Path, monkeypat
     monkeypatch.setenv("TRAINER_FSDP_PATCH_DISABLE", NAME)
     setup: Any = Setup("f1-flat-off", fsdp=1, use_orig_params=False)
     outcome = trial.run(setup, METHODS["vera"], bench.base, tmp_path, patched=True)
-    verdict = trial.compare(outcome, bench.reference("vera", reference_of(setup)), setup)
+    verdict = compare(outcome, bench.reference("vera", reference_of(setup)), setup)
     assert "uniform `requires_grad`" in verdict.error

@@ -4,7 +4,7 @@ import pytest
 from faults import canary, fsdp2, resumes, with_trainable_norms
 from matrix import METHODS, Bench, Setup
 
-from trainer_fsdp_patch.testing import stack
+from trainer_fsdp_patch.testing import releases
 
 
 def test_canary() -> None:
@@ -18,5 +18,5 @@ def test_norms_beside_the_adapter_resume(bench: Bench) -> None:
 @fsdp2
 @pytest.mark.parametrize("method", ["lora", "vera"])
 def test_fsdp2_resumes(bench: Bench, method: str) -> None:
-    assert stack.state_dict_type(Setup("f2")) == "SHARDED_STATE_DICT"
+    assert releases.state_dict_type(Setup("f2")) == "SHARDED_STATE_DICT"
     resumes(bench, METHODS[method], Setup("f2"), "no adapter file was written")

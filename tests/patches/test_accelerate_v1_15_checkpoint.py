@@ -10,7 +10,8 @@ import torch
 from faults import canary, resumes, with_trainable_norms
 from matrix import METHODS, Bench, Setup, trial
 
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome
 
 NAME = "accelerate_v1_15_checkpoint"
 
@@ -31,13 +32,13 @@ def saving(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
 
 def test_8bit_checkpoints(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = Setup("8bit", dtype="bfloat16", storage="8bit")
-    patched = trial.launch(saving, setup, bench.base, str(tmp_path / "patched"), ranks=2)
+    patched = forks.launch(saving, setup, bench.base, str(tmp_path / "patched"), ranks=2)
     assert not any(outcome.error for outcome in patched), patched[0].extra
     found = torch.load(tmp_path / "patched/checkpoint-2/pytorch_model_fsdp.bin", weights_only=True)
     assert len(found) == 8
     assert all("lora_" in name and tensor.isfinite().all() for name, tensor in found.items())
     monkeypatch.setenv("TRAINER_FSDP_PATCH_DISABLE", NAME)
-    without = trial.launch(saving, setup, bench.base, str(tmp_path / "without"), ranks=2)
+    without = forks.launch(saving, setup, bench.base, str(tmp_path / "without"), ranks=2)
     # Without it the plan stands back, and 8-bit layers do not get as far as a checkpoint.
     assert "no attribute 'CB'" in without[0].error
 
@@ -73,7 +74,7 @@ def test_a_checkpoint_of_another_adapter_is_refused_on_every_rank(
     change(found)
     torch.save(found, file)
     resuming = dataclasses.replace(setup, resume=str(file.parent))
-    outcomes = trial.launch(trial.train, resuming, METHODS["lora"], bench.base, f"{tmp_path}/again", 2, True, ranks=2)
+    outcomes = forks.launch(trial.train, resuming, METHODS["lora"], bench.base, f"{tmp_path}/again", 2, True, ranks=2)
     for outcome in outcomes:
         assert outcome.error.startswith("AdapterError: ")
         assert expected in outcome.error

@@ -8,7 +8,8 @@ from faults import NO_SHARDS, canary, fault, fsdp2, packed, where
 from matrix import METHODS, Bench, Setup, trial
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome
 
 
 def test_canary() -> None:
@@ -49,11 +50,11 @@ def dtypes(patched: bool, setup: Setup, base: str, folder: str, rank: int) -> Ou
 @pytest.mark.parametrize("storage", ["", pytest.param("bfloat16", marks=packed)])
 def test_the_frozen_base_keeps_its_bits(bench: Bench, tmp_path: Path, storage: str) -> None:
     setup = Setup("bits", dtype="bfloat16", storage=storage, amp="bf16")
-    [patched, _] = trial.launch(dtypes, True, setup, bench.base, str(tmp_path), ranks=2)
+    [patched, _] = forks.launch(dtypes, True, setup, bench.base, str(tmp_path), ranks=2)
     assert not patched.error, patched.extra
     assert patched.extra["names"] > 10
     assert patched.extra["changed"] == []
-    [stock, _] = trial.launch(dtypes, False, setup, bench.base, str(tmp_path), ranks=2)
+    [stock, _] = forks.launch(dtypes, False, setup, bench.base, str(tmp_path), ranks=2)
     assert not stock.error, stock.extra
     assert any("float32" in line for line in stock.extra["changed"])
 

@@ -16,8 +16,8 @@ from matrix import METHODS, Bench, Setup, reference_of
 
 from trainer_fsdp_patch.names import unwrap
 from trainer_fsdp_patch.patching import registry
-from trainer_fsdp_patch.testing import trial
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks, trial
+from trainer_fsdp_patch.testing.case import Outcome
 
 SETUPS = [
     Setup("f1", fsdp=1),
@@ -70,9 +70,9 @@ def merged(setup: Setup, method: str, base: str, folder: str, ranks: int, rank: 
 
 def differs(bench: Bench, folder: Path, setup: Setup, method: str) -> str:
     """The first thing that two ranks have otherwise than one process."""
-    one = trial.launch(merged, reference_of(setup), method, bench.base, str(folder / "one"), 1, ranks=1)[0]
+    one = forks.launch(merged, reference_of(setup), method, bench.base, str(folder / "one"), 1, ranks=1)[0]
     assert not one.error, one.extra
-    ours = trial.launch(merged, setup, method, bench.base, str(folder / "ranks"), 2, ranks=2)
+    ours = forks.launch(merged, setup, method, bench.base, str(folder / "ranks"), 2, ranks=2)
     if ours[0].error:
         return ours[0].error
     close = {"rtol": 20 * setup.tolerance, "atol": 1e-4 if setup.tolerance < 1e-2 else 1e-2}

@@ -6,6 +6,9 @@ from typing import Any
 from faults import canary, equals_one_process, where
 from matrix import Bench, Setup, trial
 
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import compare
+
 
 def test_canary() -> None:
     canary("peft_v0_11_state_dict_names")
@@ -21,10 +24,10 @@ def norms_to_save(model: Any) -> Any:
 
 @where("peft>=0.15.dev0")
 def test_modules_inside_units_are_saved(bench: Bench, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(trial, "TIMEOUT", 20.0)
+    monkeypatch.setattr(forks, "TIMEOUT", 20.0)
     setup = Setup("aux", fsdp=1)
     stock = trial.run(setup, norms_to_save, bench.base, tmp_path / "stock", patched=False)
     if not stock.error:
         one = trial.run(setup, norms_to_save, bench.base, tmp_path / "first", ranks=1, patched=False)
-        assert trial.compare(stock, one, setup).error
+        assert compare(stock, one, setup).error
     equals_one_process(bench, norms_to_save, setup, tmp_path)

@@ -5,7 +5,8 @@ from pathlib import Path
 from faults import canary, where
 from matrix import METHODS, Bench, Setup, trial
 
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome
 
 
 def test_canary() -> None:
@@ -24,9 +25,9 @@ def loading(patched: bool, ranks: int, setup: Setup, base: str, saved: str, rank
 def test_a_saved_adapter_loads_on_every_rank(bench: Bench, tmp_path: Path) -> None:
     setup = Setup("load", fsdp=1)
     assert not trial.run(setup, METHODS["lora"], bench.base, tmp_path).error
-    for outcome in trial.launch(loading, False, 2, setup, bench.base, str(tmp_path), ranks=2):
+    for outcome in forks.launch(loading, False, 2, setup, bench.base, str(tmp_path), ranks=2):
         assert "EmbeddingParallel" in outcome.error
-    [alone] = trial.launch(loading, False, 1, setup, bench.base, str(tmp_path), ranks=1)
-    for outcome in trial.launch(loading, True, 2, setup, bench.base, str(tmp_path), ranks=2):
+    [alone] = forks.launch(loading, False, 1, setup, bench.base, str(tmp_path), ranks=1)
+    for outcome in forks.launch(loading, True, 2, setup, bench.base, str(tmp_path), ranks=2):
         assert outcome.norms == alone.norms
     assert len(alone.norms) == 8

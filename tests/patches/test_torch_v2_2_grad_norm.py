@@ -6,7 +6,8 @@ import torch
 from faults import canary
 from matrix import Bench, Setup, trial, with_a_head
 
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome
 
 
 def test_canary() -> None:
@@ -38,9 +39,9 @@ def norms(patched: bool, folder: str, rank: int) -> Outcome:
 
 
 def test_the_norm_does_not_depend_on_addresses(tmp_path: Path) -> None:
-    [stock] = trial.launch(norms, False, str(tmp_path), ranks=1)
+    [stock] = forks.launch(norms, False, str(tmp_path), ranks=1)
     assert len(stock.norms) > 1
-    [patched] = trial.launch(norms, True, str(tmp_path), ranks=1)
+    [patched] = forks.launch(norms, True, str(tmp_path), ranks=1)
     assert len(patched.norms) == 1
 
 

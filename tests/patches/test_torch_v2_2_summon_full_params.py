@@ -21,8 +21,8 @@ from matrix import METHODS, Bench, Setup, reference_of
 from trainer_fsdp_patch import bits
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.testing import stack, trial
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks, releases, trial
+from trainer_fsdp_patch.testing.case import Outcome
 
 SETUPS = [
     Setup("f1", fsdp=1),
@@ -78,7 +78,7 @@ def seq2seq(setup: Setup, base: str, folder: str, ranks: int, patched: bool, ran
     given.per_device_eval_batch_size = trial.BATCH // ranks
     model = METHODS["t5 lora"](ARCHITECTURES["t5"].load(base, setup))
     trainer = trainer_of(Seq2SeqTrainer, model, given, 2 * trial.BATCH)
-    stack.evaluate_every_step(trainer)
+    releases.evaluate_every_step(trainer)
     before: dict[str, bytes] = {}
     tokens: list[Any] = []
 
@@ -104,7 +104,7 @@ def seq2seq(setup: Setup, base: str, folder: str, ranks: int, patched: bool, ran
 def run(bench: Bench, tmp_path: Path) -> Callable[..., list[Outcome]]:
     def run(function: Any, architecture: str, setup: Setup, *args: Any, patched: bool, ranks: int = 2) -> Any:
         base, folder = bench.base_of(ARCHITECTURES[architecture]), tmp_path / f"{ranks}-{patched}"
-        return trial.launch(function, *args, setup, base, str(folder), ranks, patched, ranks=ranks)
+        return forks.launch(function, *args, setup, base, str(folder), ranks, patched, ranks=ranks)
 
     return run
 

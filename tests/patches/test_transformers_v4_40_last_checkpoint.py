@@ -12,6 +12,8 @@ from faults import FLAVOURS, canary, scene_fault
 from matrix import METHODS, Bench, Setup, trial
 
 import trainer_fsdp_patch
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome
 
 
 def test_canary() -> None:
@@ -26,7 +28,7 @@ def test_killed_in_a_checkpoint(bench: Bench, fsdp: int) -> None:
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_names_what_it_skips(bench: Bench, tmp_path: Path, fsdp: int) -> None:
     """All ranks say so, and start from the checkpoint that the main process takes."""
-    outcomes = trial.launch(resumed, "cut", Setup("cut", fsdp=fsdp), bench.base, str(tmp_path), ranks=2)
+    outcomes = forks.launch(resumed, "cut", Setup("cut", fsdp=fsdp), bench.base, str(tmp_path), ranks=2)
     assert [outcome.error for outcome in outcomes] == ["", ""]
     for outcome in outcomes:
         assert any("the last checkpoint is not whole: checkpoint-3" in text for text in outcome.extra["said"])
@@ -36,14 +38,14 @@ def test_names_what_it_skips(bench: Bench, tmp_path: Path, fsdp: int) -> None:
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_what_a_user_removed_is_not_missed(bench: Bench, tmp_path: Path, fsdp: int) -> None:
     """Optimizer, scheduler and random states are deleted to save disk; upstream resumes without them."""
-    outcomes = trial.launch(resumed, "removed", Setup("removed", fsdp=fsdp), bench.base, str(tmp_path), ranks=2)
+    outcomes = forks.launch(resumed, "removed", Setup("removed", fsdp=fsdp), bench.base, str(tmp_path), ranks=2)
     assert [outcome.error for outcome in outcomes] == ["", ""]
     for outcome in outcomes:
         assert outcome.extra["said"] == []
         assert outcome.extra["steps"] == []
 
 
-def resumed(fate: str, setup: Setup, base: str, folder: str, rank: int) -> trial.Outcome:
+def resumed(fate: str, setup: Setup, base: str, folder: str, rank: int) -> Outcome:
     """Train with a checkpoint a step, let something befall the last one, and resume; says the steps taken anew."""
     import torch
     import torch.distributed as dist
@@ -76,7 +78,7 @@ def resumed(fate: str, setup: Setup, base: str, folder: str, rank: int) -> trial
             warnings.simplefilter("always", trainer_fsdp_patch.errors.TrainerFsdpPatchWarning)
             trainer.train(resume_from_checkpoint=again or None)
     ours = [item for item in caught if issubclass(item.category, trainer_fsdp_patch.errors.TrainerFsdpPatchWarning)]
-    return trial.Outcome(extra={"said": [str(item.message) for item in ours], "steps": taken})
+    return Outcome(extra={"said": [str(item.message) for item in ours], "steps": taken})
 
 
 def test_a_search_outside_of_such_a_run_is_upstreams(tmp_path: Path) -> None:

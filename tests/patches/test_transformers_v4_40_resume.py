@@ -5,7 +5,9 @@ from pathlib import Path
 import checkpoints
 import pytest
 from faults import FLAVOURS, canary, fsdp2, resumes, scene_fault, where
-from matrix import METHODS, Bench, Setup, trial
+from matrix import METHODS, Bench, Setup
+
+from trainer_fsdp_patch.testing import forks
 
 
 def test_canary() -> None:
@@ -34,10 +36,10 @@ def test_save_only_model(bench: Bench) -> None:
 @pytest.mark.long
 def test_below_torch_compile(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     scene, setup = checkpoints.Scene(bench), Setup("f1", fsdp=1)
-    monkeypatch.setattr(trial, "TIMEOUT", 20.0)
+    monkeypatch.setattr(forks, "TIMEOUT", 20.0)
     assert checkpoints.cell(checkpoints.compiled, scene, setup, patched=False)
     # A compiler may be slow.
-    monkeypatch.setattr(trial, "TIMEOUT", 180.0)
+    monkeypatch.setattr(forks, "TIMEOUT", 180.0)
     assert checkpoints.cell(checkpoints.compiled, scene, setup, patched=True) == ""
 
 

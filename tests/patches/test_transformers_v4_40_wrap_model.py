@@ -7,7 +7,8 @@ import pytest
 from faults import FLAVOURS, added, canary, equals_one_process, fault, fsdp2, packed, takes_adapters, where
 from matrix import METHODS, Bench, Setup, has, trial
 
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome
 
 
 def test_canary() -> None:
@@ -101,11 +102,11 @@ def buffers(method: str, patched: bool, setup: Setup, base: str, folder: str, ra
 def test_buffers_keep_their_bits_under_mixed_precision(bench: Bench, tmp_path: Path, method: str) -> None:
     """Stock rounds rotary tables and projections to bf16 in place."""
     setup = Setup("buffers", fsdp=1, amp="bf16")
-    [patched, _] = trial.launch(buffers, method, True, setup, bench.base, str(tmp_path), ranks=2)
+    [patched, _] = forks.launch(buffers, method, True, setup, bench.base, str(tmp_path), ranks=2)
     assert not patched.error, patched.extra
     assert patched.extra["buffers"] > 2
     assert patched.extra["changed"] == []
-    [stock, _] = trial.launch(buffers, method, False, setup, bench.base, str(tmp_path), ranks=2)
+    [stock, _] = forks.launch(buffers, method, False, setup, bench.base, str(tmp_path), ranks=2)
     assert any("rotary_emb" in name for name in stock.extra["changed"])
     assert any(f"{method}_" in name for name in stock.extra["changed"])
 

@@ -11,7 +11,7 @@ from faults import canary, runs_out
 from matrix import Bench, Setup
 
 from trainer_fsdp_patch.patching import registry
-from trainer_fsdp_patch.testing import trial
+from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.training import batch_size
 
 
@@ -22,7 +22,7 @@ def test_canary() -> None:
 def test_one_rank_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the patch the two ranks go on in different steps."""
     monkeypatch.setattr(batch_size, "PATIENCE", 2.0)
-    monkeypatch.setattr(trial, "TIMEOUT", 20.0)
+    monkeypatch.setattr(forks, "TIMEOUT", 20.0)
     scene, setup = Scene(bench), Setup("f1", fsdp=1)
     with monkeypatch.context() as context:
         context.setenv(registry.DISABLE, "transformers_v4_45_batch_size")

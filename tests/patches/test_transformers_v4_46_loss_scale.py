@@ -12,6 +12,9 @@ from faults import FLAVOURS, canary, fault_without, where
 from matrix import METHODS, Bench, Setup, reference_of, trial
 from transformers import BertForSequenceClassification, T5ForConditionalGeneration
 
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome
+
 NAME = "transformers_v4_46_loss_scale"
 
 
@@ -30,7 +33,7 @@ def test_losses_and_parts_of_them(bench: Bench, monkeypatch: pytest.MonkeyPatch,
     fault_without(NAME, bench, monkeypatch, method, Setup("scale", fsdp=fsdp), "off by")
 
 
-def seen(setup: Setup, base: str, folder: str, own: bool, rank: int) -> trial.Outcome:
+def seen(setup: Setup, base: str, folder: str, own: bool, rank: int) -> Outcome:
     """What a loss function is given as the count in a rank, the user's own or that of the model."""
     from transformers import Trainer
 
@@ -55,14 +58,14 @@ def seen(setup: Setup, base: str, folder: str, own: bool, rank: int) -> trial.Ou
     )
     trainer.train()
     assert given.average_tokens_across_devices
-    return trial.Outcome(extra={"counts": counts})
+    return Outcome(extra={"counts": counts})
 
 
 @where("transformers>=4.54")
 def test_a_loss_function_and_a_forward_get_a_tensor(bench: Bench, tmp_path: Path) -> None:
     setup = Setup("own", fsdp=max(FLAVOURS))
     for own in (True, False):
-        outcomes = trial.launch(seen, setup, bench.base, str(tmp_path), own, ranks=2)
+        outcomes = forks.launch(seen, setup, bench.base, str(tmp_path), own, ranks=2)
         assert [outcome.error for outcome in outcomes] == ["", ""]
         counts = [outcome.extra["counts"] for outcome in outcomes]
         assert [{type(count).__name__ for count in mine} for mine in counts] == [{"Tensor"}, {"Tensor"}]
@@ -77,7 +80,7 @@ def test_evaluation(bench: Bench, tmp_path: Path, fsdp: int) -> None:
     setup = Setup("evaluated", fsdp=fsdp)
     found = []
     for case, ranks in ((reference_of(setup), 1), (setup, 2)):
-        outcomes = trial.launch(
+        outcomes = forks.launch(
             evaluated, case, bench.base_of(METHODS["bert lora"].architecture), str(tmp_path), ranks, ranks=ranks
         )
         assert not any(outcome.error for outcome in outcomes), outcomes
@@ -85,7 +88,7 @@ def test_evaluation(bench: Bench, tmp_path: Path, fsdp: int) -> None:
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
-def evaluated(setup: Setup, base: str, folder: str, ranks: int, rank: int) -> trial.Outcome:
+def evaluated(setup: Setup, base: str, folder: str, ranks: int, rank: int) -> Outcome:
     from transformers import Trainer
 
     method = METHODS["bert lora"]
@@ -95,4 +98,4 @@ def evaluated(setup: Setup, base: str, folder: str, ranks: int, rank: int) -> tr
     torch.manual_seed(0)
     trainer = Trainer(model=method(method.load(base, setup)), args=given, train_dataset=rows, eval_dataset=rows)
     trainer.train()
-    return trial.Outcome(extra={"loss": trainer.evaluate()["eval_loss"]})
+    return Outcome(extra={"loss": trainer.evaluate()["eval_loss"]})

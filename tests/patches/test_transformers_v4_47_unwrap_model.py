@@ -8,7 +8,7 @@ from faults import canary, runs_out
 from matrix import Bench, Setup
 
 from trainer_fsdp_patch.patching import registry
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing.case import Outcome
 
 FLAT = ("must be 2-D", "The size of tensor a (0) must match")
 

@@ -18,8 +18,8 @@ from faults import FLAVOURS, fsdp2, packed
 from matrix import Bench, Setup, reference_of
 
 from trainer_fsdp_patch import bits, versions
-from trainer_fsdp_patch.testing import trial
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import case, forks, trial
+from trainer_fsdp_patch.testing.case import Outcome
 
 
 def rank() -> int:
@@ -107,7 +107,7 @@ SETUPS = [setup for setup in SETUPS if setup.fsdp in FLAVOURS]
 def error(setup: Setup, configure: Any, bench: Bench, folder: Path, *, patched: bool = True) -> str:
     one = trial.run(reference_of(setup), configure, bench.base, folder / "one", ranks=1, patched=False)
     assert not one.error, one.extra
-    return trial.compare(trial.run(setup, configure, bench.base, folder / "ranks", patched=patched), one, setup).error
+    return case.compare(trial.run(setup, configure, bench.base, folder / "ranks", patched=patched), one, setup).error
 
 
 @pytest.mark.parametrize("configure", [with_pissa, with_another_base], ids=lambda item: item.__name__)
@@ -176,7 +176,7 @@ def test_another_shape_is_refused(bench: Bench, tmp_path: Path) -> None:
         if rank() == 1:
             model.get_input_embeddings().weight = torch.nn.Parameter(torch.zeros(97, 64), requires_grad=False)
 
-    outcomes = trial.launch(prepare, change, Setup("f1", fsdp=1), bench.base, str(tmp_path), 2, ranks=2)
+    outcomes = forks.launch(prepare, change, Setup("f1", fsdp=1), bench.base, str(tmp_path), 2, ranks=2)
     for outcome in outcomes:
         assert outcome.error.startswith("AdapterError: base_model.model.model.embed_tokens.weight: torch.float32 [9")
         assert "on rank 0, and not so on rank 1" in outcome.error
@@ -188,7 +188,7 @@ def test_a_base_that_fsdp_hands_out_is_not_read(bench: Bench, tmp_path: Path) ->
     counts = []
     for efficient in (False, True):
         setup = Setup("f2", ram_efficient=efficient)
-        outcomes = trial.launch(prepare, lambda model: None, setup, bench.base, str(tmp_path), 2, ranks=2)
+        outcomes = forks.launch(prepare, lambda model: None, setup, bench.base, str(tmp_path), 2, ranks=2)
         assert failure(outcomes) == ""
         counts.append(outcomes[0].extra["seen"])
     assert counts[0] > counts[1]

@@ -13,7 +13,8 @@ import pytest
 from faults import fsdp2
 from matrix import METHODS, Bench, Setup, reference_of, trial
 
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome, compare
 
 
 def assigned(other: bool, setup: Setup, base: str, folder: str, rank: int) -> Outcome:
@@ -42,14 +43,14 @@ def assigned(other: bool, setup: Setup, base: str, folder: str, rank: int) -> Ou
 @fsdp2
 def test_it_is_wrapped_again_and_said_once(bench: Bench, tmp_path: Path) -> None:
     setup = Setup("f2-assigned")
-    outcomes = trial.launch(assigned, False, setup, bench.base, str(tmp_path), ranks=2)
+    outcomes = forks.launch(assigned, False, setup, bench.base, str(tmp_path), ranks=2)
     assert [outcome.error for outcome in outcomes] == ["", ""], outcomes[0].extra
     for outcome in outcomes:
         [said] = outcome.extra["said"]
         assert said.startswith("accelerate.accelerator.fsdp2_prepare_model: ")
         assert "It is wrapped again" in said
     outcomes[0].losses = [sum(step) / 2 for step in zip(*(outcome.losses for outcome in outcomes), strict=True)]
-    verdict = trial.compare(outcomes[0], bench.reference("vera", reference_of(setup)), setup)
+    verdict = compare(outcomes[0], bench.reference("vera", reference_of(setup)), setup)
     assert verdict.right, verdict.error
 
 
@@ -57,7 +58,7 @@ def test_it_is_wrapped_again_and_said_once(bench: Bench, tmp_path: Path) -> None
 @pytest.mark.parametrize("fsdp", [2])
 def test_where_it_cannot_be_wrapped_the_run_is_upstreams(bench: Bench, tmp_path: Path, fsdp: int) -> None:
     setup = Setup("f2-other", fsdp=fsdp)
-    outcomes = trial.launch(assigned, True, setup, bench.base, str(tmp_path), ranks=2)
+    outcomes = forks.launch(assigned, True, setup, bench.base, str(tmp_path), ranks=2)
     assert [outcome.error for outcome in outcomes] == ["", ""], outcomes[0].extra
     for outcome in outcomes:
         assert "The patches stand back from this run" in outcome.extra["said"][0]

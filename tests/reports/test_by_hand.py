@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from trainer_fsdp_patch import sync
 from trainer_fsdp_patch.errors import AdapterError
-from trainer_fsdp_patch.testing import stack
-from trainer_fsdp_patch.testing.trial import Outcome
+from trainer_fsdp_patch.testing import forks, releases
+from trainer_fsdp_patch.testing.case import Outcome
 
-SHARDS_BESIDE = stack.at_least("accelerate", "1.15.0") and stack.at_least("torch", "2.13.0")
+SHARDS_BESIDE = releases.at_least("accelerate", "1.15.0") and releases.at_least("torch", "2.13.0")
 FILE = "adapter_model.safetensors"
 ALONE = ("filtered", "alone", "function", "pickled")
 TOGETHER = ("everyone", "documented", "all_ranks")
@@ -122,7 +122,7 @@ def saved(
 def launch(
     bench: Bench, folder: Path, method: str, setup: Setup, ways: tuple[str, ...], *, patched: bool = True
 ) -> Any:
-    outcomes = trial.launch(saved, method, ways, patched, setup, bench.base, str(folder), ranks=2)
+    outcomes = forks.launch(saved, method, ways, patched, setup, bench.base, str(folder), ranks=2)
     assert [outcome.error for outcome in outcomes] == ["", ""], outcomes[0].extra
     return outcomes
 
@@ -151,7 +151,7 @@ def test_a_whole_adapter_needs_no_other_rank(bench: Bench, tmp_path: Path, metho
 def test_stock_writes_none_of_it_from_wrapped_names(bench: Bench, tmp_path: Path, method: str) -> None:
     """40 bytes and exit code 0, one rank's parts under names that nobody loads, or an error."""
     setup = Setup("hand", fsdp=1)
-    outcomes = trial.launch(saved, method, ("filtered",), False, setup, bench.base, str(tmp_path), ranks=2)
+    outcomes = forks.launch(saved, method, ("filtered",), False, setup, bench.base, str(tmp_path), ranks=2)
     if not outcomes[0].error and isinstance(outcomes[0].extra["filtered"], dict):
         one = read(Path(bench.reference(method, reference_of(setup)).folder))
         assert not [
@@ -161,9 +161,9 @@ def test_stock_writes_none_of_it_from_wrapped_names(bench: Bench, tmp_path: Path
 
 def test_stock_waits_for_ever_on_one_rank(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It gathers the whole base for the tensors of the adapter."""
-    monkeypatch.setattr(trial, "TIMEOUT", 5)
+    monkeypatch.setattr(forks, "TIMEOUT", 5)
     setup = Setup("hand", fsdp=1)
-    outcomes = trial.launch(saved, "lora", ("alone",), False, setup, bench.base, str(tmp_path), ranks=2)
+    outcomes = forks.launch(saved, "lora", ("alone",), False, setup, bench.base, str(tmp_path), ranks=2)
     assert all(outcome.error for outcome in outcomes)
 
 
@@ -216,7 +216,7 @@ def refusals(native: bool, setup: Setup, base: str, folder: str, rank: int) -> O
 def test_a_file_without_tensors_is_refused(bench: Bench, tmp_path: Path, native: bool, fsdp: int) -> None:
     """On the main process; the others, which have nothing to write, leave its file alone."""
     setup = Setup("refused", fsdp=fsdp)
-    outcomes = trial.launch(refusals, native, setup, bench.base, str(tmp_path), ranks=2)
+    outcomes = forks.launch(refusals, native, setup, bench.base, str(tmp_path), ranks=2)
     assert [outcome.error for outcome in outcomes] == ["", ""], outcomes[0].extra
     assert all(outcome.extra["same"] for outcome in outcomes)
     main, other = (outcome.extra["said"] for outcome in outcomes)
@@ -245,7 +245,7 @@ def parts(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
 
 def test_one_ranks_part_is_refused(bench: Bench, tmp_path: Path) -> None:
     setup = Setup("part", fsdp=1, placement="shard")
-    outcomes = trial.launch(parts, setup, bench.base, str(tmp_path), ranks=2)
+    outcomes = forks.launch(parts, setup, bench.base, str(tmp_path), ranks=2)
     assert [outcome.error for outcome in outcomes] == ["", ""], outcomes[0].extra
     assert "lm_head.modules_to_save.default.weight: the given state dict has one" in outcomes[0].extra["said"]
     assert not outcomes[0].extra["file"]
@@ -269,7 +269,7 @@ def replaced(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_a_state_dict_of_the_users_own_is_asked(bench: Bench, tmp_path: Path, fsdp: int) -> None:
     """https://github.com/huggingface/peft/issues/970"""
-    outcomes = trial.launch(replaced, Setup("own", fsdp=fsdp), bench.base, str(tmp_path), ranks=2)
+    outcomes = forks.launch(replaced, Setup("own", fsdp=fsdp), bench.base, str(tmp_path), ranks=2)
     for outcome in outcomes:
         assert outcome.error == "", outcome.extra
         assert outcome.extra["same"] == [True] * 8

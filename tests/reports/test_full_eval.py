@@ -17,7 +17,7 @@ from faults import FLAVOURS, packed
 from matrix import METHODS, Bench, Setup
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.testing import stack, trial
+from trainer_fsdp_patch.testing import case, releases
 
 SETUPS = [
     *(Setup(f"f{fsdp}", fsdp=fsdp) for fsdp in FLAVOURS),
@@ -56,11 +56,11 @@ def equal(scene: Scene, action: Callable[..., Any], setup: Setup, method: str, *
     outcomes = scene.run(action, setup, patched=True, configure=configure, **extra)
     assert failure(outcomes) == "", outcomes[0].extra.get("traceback")
     # From 4.46 to 4.49 a Trainer multiplies them by the number of ranks, under DDP too.
-    factor = 1 if versions.at_least("transformers", "4.50.0") or not stack.normalises_over_ranks() else 2
+    factor = 1 if versions.at_least("transformers", "4.50.0") or not releases.normalises_over_ranks() else 2
     for outcome in outcomes:
         wanted = [loss * factor for loss in one.extra["losses"]]
         assert outcome.extra["losses"] == pytest.approx(wanted, rel=LOSS)
-    verdict = trial.compare(outcomes[0], one, dataclasses.replace(setup, dtype="bfloat16"))
+    verdict = case.compare(outcomes[0], one, dataclasses.replace(setup, dtype="bfloat16"))
     assert verdict.right, verdict.error
 
 

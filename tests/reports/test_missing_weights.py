@@ -13,6 +13,8 @@ import pytest
 from faults import fsdp2, where
 from matrix import Bench, Setup, reference_of, trial
 
+from trainer_fsdp_patch.testing.case import compare
+
 
 def rewards(model: Any) -> Any:
     """LoRA on a classifier whose head was made while it was loaded."""
@@ -47,5 +49,5 @@ def test_a_head_that_no_file_holds(bench: Bench, tmp_path: Path, amp: str) -> No
     setup = Setup("head", ram_efficient=True, amp=amp)
     one = trial.run(reference_of(setup), rewards, bench.base, tmp_path / "one", ranks=1, patched=False)
     assert not one.error, one.extra
-    verdict = trial.compare(trial.run(setup, rewards, bench.base, tmp_path / "ranks"), one, setup)
+    verdict = compare(trial.run(setup, rewards, bench.base, tmp_path / "ranks"), one, setup)
     assert verdict.right, verdict.error

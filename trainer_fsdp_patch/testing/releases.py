@@ -9,7 +9,7 @@ from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.versions import at_least
 
 if TYPE_CHECKING:
-    from trainer_fsdp_patch.testing.trial import Setup
+    from trainer_fsdp_patch.testing.case import Setup
 
 
 _POLICIES = {"": "TRANSFORMER_BASED_WRAP", "size": "SIZE_BASED_WRAP", "none": "NO_WRAP"}

@@ -12,8 +12,8 @@ from typing import Any
 
 from trainer_fsdp_patch.inspecting import footprint
 from trainer_fsdp_patch.inspecting.footprint import Footprint
-from trainer_fsdp_patch.testing import trial
-from trainer_fsdp_patch.testing.trial import Setup
+from trainer_fsdp_patch.testing import case, forks, trial
+from trainer_fsdp_patch.testing.case import Setup
 
 SETUPS = (
     Setup("FSDP1, fp32", fsdp=1),
@@ -61,7 +61,7 @@ def check() -> int:
         table.add_column(column, overflow="fold")
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
-        base = str(trial.launch(_base, f"{folder}/base", ranks=1)[0].folder)
+        base = str(forks.launch(_base, f"{folder}/base", ranks=1)[0].folder)
         for setup in SETUPS:
             where = Path(folder) / setup.name.replace(" ", "_")
             one = trial.run(setup, vera, base, where / "one", ranks=1, patched=False)
@@ -69,7 +69,7 @@ def check() -> int:
                 trial.run(setup, vera, base, where / side, ranks=ranks(), patched=side == "patched")
                 for side in ("stock", "patched")
             ]
-            stock, patched = (trial.compare(outcome, one, setup) for outcome in runs)
+            stock, patched = (case.compare(outcome, one, setup) for outcome in runs)
             took = [outcome.footprint for outcome in runs]
             more = footprint.fault(took[1], None, took[0]) if took[1] else ""
             wrong += bool(patched.error or more)
@@ -84,8 +84,8 @@ def _both(took: list[Footprint | None], name: str) -> str:
     return " -> ".join("none" if item is None else str(getattr(item, name)) for item in took)
 
 
-def _base(folder: str, rank: int) -> trial.Outcome:
-    return trial.Outcome(folder=trial.tiny_base(Path(folder)))
+def _base(folder: str, rank: int) -> case.Outcome:
+    return case.Outcome(folder=trial.tiny_base(Path(folder)))
 
 
 def import_targets() -> None:
