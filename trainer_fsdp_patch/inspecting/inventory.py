@@ -174,7 +174,7 @@ def _containers() -> tuple[tuple[type, str], ...]:
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     from peft.utils import other
 
-    # The first class is the base of the second since peft 0.15.0.
+    # until peft 0.15: there is the second class alone
     auxiliary = getattr(other, "AuxiliaryTrainingWrapper", None) or other.ModulesToSaveWrapper
     return (
         (PeftModel, "base_model"),
@@ -226,7 +226,8 @@ def is_wrapper(module: Any) -> bool:
 
 @functools.cache
 def dtensor() -> Any:
-    """Class of sharded tensors, which became public in torch 2.5."""
+    """Class of sharded tensors."""
+    # until torch 2.5
     try:
         from torch.distributed.tensor import DTensor
     except ImportError:

@@ -132,4 +132,6 @@ def barred(tensors: list[Tensor], fsdp_version: int, units: dict[str, set[str]],
 
 def _side_by_side() -> bool:
     """Whether accelerate clips sharded and whole gradients together, and torch takes a unit of two dtypes."""
+    # until accelerate 1.15
+    # until torch 2.13
     return versions.at_least("accelerate", "1.15.0") and versions.at_least("torch", "2.13.0")

@@ -70,6 +70,7 @@ def chosen(model: Any) -> Iterator[None]:
     from torch.distributed import fsdp
 
     upstream: Any = vars(fsdp)["fully_shard"]
+    # until torch 2.7
     ignores = "ignored_params" in inspect.signature(upstream).parameters
     within, others = units.parts(model), units.others(model)
     waiting: list[Any] = []

@@ -33,6 +33,7 @@ def is_apart(layer: Any, arguments: dict[str, Any]) -> bool:
 
 def lacks_embedding_parallel(instance: Any, arguments: dict[str, Any]) -> bool:
     """Whether transformers has no such class, without which peft 0.19 loads no adapter in a distributed run."""
+    # until peft 0.20
     return versions.at_least("transformers", "5.16.0")
 
 

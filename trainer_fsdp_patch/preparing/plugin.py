@@ -25,7 +25,8 @@ _POLICY = "_trainer_fsdp_patch_policy"
 
 
 def version_of(plugin: Any) -> int:
-    """FSDP's version; releases before accelerate 1.6 know the first one only."""
+    """FSDP's version."""
+    # until accelerate 1.6: it knows the first one only
     return int(getattr(plugin, "fsdp_version", 1))
 
 
@@ -87,7 +88,7 @@ def unit_classes(plugin: Any) -> Any:
 
     given = _users_policy(plugin)
     if given is None:
-        # Releases before accelerate 1.0 read the environment when they wrap.
+        # until accelerate 1.0: it reads the environment when it wraps
         by_class = os.environ.get("FSDP_AUTO_WRAP_POLICY") == "TRANSFORMER_BASED_WRAP"
         named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
         return (named.split(",") if named else None) if by_class else ()
@@ -202,6 +203,7 @@ def _name_units(model: Any, plugin: Any) -> None:
     accelerate looks for each of `_no_split_modules`, and fails on the first that is absent.
     """
     names = list(getattr(model, "_no_split_modules", None) or ())
+    # until accelerate 1.0: the plugin has no such field
     if unit_classes(plugin) is not None or not hasattr(plugin, "transformer_cls_names_to_wrap"):
         return
     here = {type(module).__name__ for module in model.modules()}

@@ -42,6 +42,7 @@ def initialized_optimizer(trainer: Any, folder: str | None) -> Iterator[None]:
     if optimizer.state is made:
         # Nothing was read, and a counter that says one step was taken would bend the first real one.
         made.clear()
+    # until accelerate 1.7
     for state in optimizer.state.values():
         state.update({key: _whole(value) for key, value in state.items() if hasattr(value, "local_shards")})
 

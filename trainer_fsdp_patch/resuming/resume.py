@@ -63,7 +63,7 @@ def model_state_dict(
     if prepared is None:
         return upstream(model, adapter_only=adapter_only, **options)
     if prepared.plan.fsdp_version == 2 and sd_options is None:
-        # accelerate 1.6 hands FSDP2 checkpoints to torch, which refuses one without the base.
+        # until accelerate 1.7: it hands FSDP2 checkpoints to torch, which refuses one without the base
         return upstream(model, adapter_only=False)
     full = getattr(sd_options, "full_state_dict", False)
     live = checkpoint.live(model, prepared)
@@ -255,7 +255,7 @@ def _loading(prepared: Prepared, model: Any) -> Iterator[LoadState]:
         raise own
     if any(failures):
         raise AdapterError(next(failure for failure in failures if failure))
-    # Releases from 1.7 to 1.8 read a full FSDP2 checkpoint on rank 0 only, and later ones broadcast it themselves.
+    # until accelerate 1.9: a full FSDP2 checkpoint is read on rank 0 only
     adapter = prepared.of_adapter()
     sync.broadcast(adapter.values())
     sync.compare(list(adapter), list(adapter.values()), "after a checkpoint was loaded")
