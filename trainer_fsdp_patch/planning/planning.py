@@ -152,7 +152,7 @@ def make_plan(
     if unsharded:
         barred |= dict.fromkeys((tensor.name for tensor in tensors), unsharded)
     large, said = budget.sharded(tensors, barred, asked, ranks)
-    placements = tuple(_place(tensor, users, odd | large, fsdp_version) for tensor in tensors)
+    placements = tuple(_decide(tensor, users, odd | large, fsdp_version) for tensor in tensors)
     if not any(item.placement == SHARD for item in placements):
         raise PlanError(
             message(
@@ -185,7 +185,7 @@ def _orig_params(fsdp_version: int, asked: bool | None) -> bool | None:
     return None
 
 
-def _place(tensor: Tensor, users: set[str], odd: dict[str, str], fsdp_version: int) -> Placement:
+def _decide(tensor: Tensor, users: set[str], odd: dict[str, str], fsdp_version: int) -> Placement:
     if tensor.role == ADAPTER and tensor.name in odd:
         return Placement(tensor, SHARD, odd[tensor.name])
     if tensor.role == ADAPTER:

@@ -78,7 +78,7 @@ def _settle(accelerator: Any, prepared: Prepared) -> Prepared:
     agree(prepared)
     base_weights.synchronize(prepared, accelerator)
     checkpoint.expect(model, prepared)
-    place(prepared, accelerator.device)
+    materialize(prepared, accelerator.device)
     steps.watch(prepared, accelerator)
     keep(model, prepared)
     if accelerator.is_main_process:
@@ -165,7 +165,7 @@ def _plain(value: Any) -> str:
     )
 
 
-def place(prepared: Prepared, device: Any) -> None:
+def materialize(prepared: Prepared, device: Any) -> None:
     """Move what is set aside to the device and give every rank rank 0's bits, objects unchanged.
 
     Quantized layers are moved with their module, which keeps their quantization state, and are not
@@ -181,7 +181,7 @@ def place(prepared: Prepared, device: Any) -> None:
         if prepared.roles[name] == inventory.QUANTIZED:
             continue
         if tensor.is_meta:
-            _materialize(tensor, device)
+            _give_room(tensor, device)
         elif tensor.device != device:
             tensor.data = tensor.data.to(device)
         shared.append(tensor)
@@ -196,7 +196,7 @@ def place(prepared: Prepared, device: Any) -> None:
     sync.compare(list(adapter), list(adapter.values()), "after the broadcast")
 
 
-def _materialize(tensor: Any, device: Any) -> None:
+def _give_room(tensor: Any, device: Any) -> None:
     """Give a meta tensor room on a device, where rank 0's values go; an optimizer may hold the object already.
 
     The `data` of a tensor on meta takes none of another device.

@@ -82,15 +82,15 @@ def names(model: Any, live: dict[str, Any], *, as_peft: bool) -> dict[str, Any]:
         return live
     bare = unwrap(model)
     # peft may hand out detached tensors, which share the memory of the live one.
-    here = {_place(tensor): tensor for tensor in live.values()}
+    here = {_storage_key(tensor): tensor for tensor in live.values()}
     active = getattr(bare, "active_adapter", None)
     written = checkpoint.keys(bare, live).get(str(active[0] if isinstance(active, list) else active), {})
-    found = {key: here[_place(tensor)] for key, tensor in written.items() if _place(tensor) in here}
+    found = {key: here[_storage_key(tensor)] for key, tensor in written.items() if _storage_key(tensor) in here}
     covered = {id(tensor) for tensor in found.values()}
     return found | {name: tensor for name, tensor in live.items() if id(tensor) not in covered}
 
 
-def _place(tensor: Any) -> tuple[Any, ...]:
+def _storage_key(tensor: Any) -> tuple[Any, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.dtype
 
 
@@ -222,7 +222,7 @@ def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
     bare = unwrap(model)
     empty = gathering.aliased(prepared, gathering.templates(prepared))
     live = checkpoint.persistent(model, prepared.of_adapter()) | empty
-    places = {_place(tensor): name for name, tensor in live.items()}
+    places = {_storage_key(tensor): name for name, tensor in live.items()}
     found: dict[str, Any] = {}
     for adapter in getattr(bare, "peft_config", {}):
         file = reading.adapter_file(folder if adapter == "default" else folder / adapter)
@@ -231,7 +231,7 @@ def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
         # transformers keeps the names of its own model, to which a file has peft's prefix.
         own = {f"base_model.model.{file_key(name, adapter)}": name for name in live if adapter in name.split(".")}
         written = checkpoint.keys(bare, live).get(adapter, {})
-        named = own | {key: places[_place(item)] for key, item in written.items() if _place(item) in places}
+        named = own | {key: places[_storage_key(item)] for key, item in written.items() if _storage_key(item) in places}
         found |= {named.get(key, key): tensor for key, tensor in reading.tensors(file).items()}
     return found
 
