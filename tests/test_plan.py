@@ -71,7 +71,7 @@ def test_a_plan_reads_meta_tensors_and_changes_nothing() -> None:
     model = peft.get_peft_model(llama("meta"), config, low_cpu_mem_usage=True)
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
     plan = trainer_fsdp_patch.plan(model, fsdp_version=1, mixed_precision="bf16")
-    assert len(plan.set_aside) == 4
+    assert len(plan.ignored) == 4
     assert (plan.use_orig_params, plan.param_dtype, plan.autocast) == (True, "bfloat16", "bfloat16")
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
 
@@ -100,10 +100,10 @@ def test_the_smaller_part_of_a_mixed_fsdp1_unit_stays_whole() -> None:
         if "norm" in name:
             parameter.data = parameter.data.float()
     model = METHODS["lora"](model)
-    odd = [item for item in trainer_fsdp_patch.plan(model, fsdp_version=1).set_aside if item.tensor.role == "base"]
+    odd = [item for item in trainer_fsdp_patch.plan(model, fsdp_version=1).ignored if item.tensor.role == "base"]
     assert len(odd) == 5
     assert all("FSDP1 takes one dtype" in item.reason and "norm" in item.tensor.name for item in odd)
-    assert not [item for item in trainer_fsdp_patch.plan(model).set_aside if item.tensor.role == "base"]
+    assert not [item for item in trainer_fsdp_patch.plan(model).ignored if item.tensor.role == "base"]
 
 
 def test_units_by_size_count_as_one() -> None:
@@ -112,9 +112,9 @@ def test_units_by_size_count_as_one() -> None:
     for parameter in model.model.layers[0].parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     model = METHODS["lora"](model)
-    assert not [item for item in trainer_fsdp_patch.plan(model, fsdp_version=1).set_aside if item.tensor.role == "base"]
+    assert not [item for item in trainer_fsdp_patch.plan(model, fsdp_version=1).ignored if item.tensor.role == "base"]
     alone = trainer_fsdp_patch.plan(model, fsdp_version=1, units=())
-    assert len([item for item in alone.set_aside if item.tensor.role == "base"]) == 9
+    assert len([item for item in alone.ignored if item.tensor.role == "base"]) == 9
 
 
 def packed(dtype: torch.dtype) -> Any:

@@ -86,7 +86,7 @@ def test_so_may_a_block_below_activation_checkpointing() -> None:
 def test_what_fsdp_ignores_does_not_decide_where_a_unit_ends(method: str) -> None:
     """All layers share projections, dictionaries or trainable tensors, and each is a unit all the same."""
     model = METHODS[method](llama())
-    aside = {placement.tensor.name for placement in make_plan(model).set_aside}
+    aside = {placement.tensor.name for placement in make_plan(model).ignored}
     ignored = {id(slot.tensor) for slot in inventory.named_tensors(model) if slot.name in aside}
     barred = named(model, units.barred(model, ignored))
     assert not {name for name in barred if name.endswith(("layers.0", "layers.1"))}

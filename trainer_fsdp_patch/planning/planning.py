@@ -27,7 +27,7 @@ class Placement:
     reason: str
 
     @property
-    def set_aside(self) -> bool:
+    def is_ignored(self) -> bool:
         """Whether the tensor has to be kept out of FSDP's hands; base buffers that no state dict has are left to it."""
         buffer = self.tensor.role == BASE and self.tensor.kind == "buffer"
         return self.placement == REPLICATE and not (buffer and not self.tensor.persistent)
@@ -57,9 +57,9 @@ class Plan:
     units: expecting.Units | None = None
 
     @property
-    def set_aside(self) -> tuple[Placement, ...]:
+    def ignored(self) -> tuple[Placement, ...]:
         """What is kept out of FSDP."""
-        return tuple(placement for placement in self.placements if placement.set_aside)
+        return tuple(placement for placement in self.placements if placement.is_ignored)
 
     @property
     def sharded(self) -> tuple[Placement, ...]:

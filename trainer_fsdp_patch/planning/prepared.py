@@ -39,7 +39,7 @@ class Prepared:
     def __init__(self, model: Any, plan: Plan, groups: Sequence[Any], *, native: bool = False) -> None:
         self.model: Callable[[], Any] = weakref.ref(model)
         self.plan, self.groups, self.native = plan, groups, native
-        self.roles = {item.tensor.name: item.tensor.role for item in plan.set_aside}
+        self.roles = {item.tensor.name: item.tensor.role for item in plan.ignored}
         self.sharded = [item.tensor.name for item in plan.sharded]
         self.cast: Any = None
         self.accelerator: Callable[[], Any] = _nobody

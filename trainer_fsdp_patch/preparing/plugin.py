@@ -136,7 +136,7 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any, unsharded: 
         unsharded=unsharded,
     )
     buffers = getattr(policy, "buffer_dtype", None)
-    for item in plan.set_aside:
+    for item in plan.ignored:
         stored = item.tensor.dtype
         rounds = buffers is not None and "float" in stored and stored != str(buffers).removeprefix("torch.")
         if rounds and item.tensor.kind == "buffer":

@@ -140,7 +140,7 @@ def agree(prepared: Prepared) -> None:
     for adapter, config in getattr(prepared.model(), "peft_config", {}).items():
         values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
         items += [(f"peft_config[{adapter!r}].{key}", _plain(values[key])) for key in sorted({*values} - _LOCAL)]
-    tensors = [item.tensor for item in (*prepared.plan.set_aside, *prepared.plan.sharded)]
+    tensors = [item.tensor for item in (*prepared.plan.ignored, *prepared.plan.sharded)]
     items += [(tensor.name, (tensor.shape, tensor.dtype, tensor.role)) for tensor in tensors]
     found = sync.first_difference(dict(items), "comparison of the adapter's make-up")
     if found is not None:

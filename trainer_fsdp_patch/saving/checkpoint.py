@@ -267,7 +267,7 @@ def expect(model: Any, prepared: Prepared) -> None:
     entries = keys(model, found)
     note_keys(prepared, entries)
     written = {id(tensor) for entry in entries.values() for tensor in entry.values()}
-    for item in (*prepared.plan.set_aside, *prepared.plan.sharded):
+    for item in (*prepared.plan.ignored, *prepared.plan.sharded):
         names = [name for name in item.tensor.names if name in found]
         lost = item.tensor.role == inventory.ADAPTER and not item.tensor.owned
         if entries and lost and not any(id(found[name]) in written for name in names):
