@@ -37,7 +37,7 @@ def named(model: Any, barred: Any) -> set[str]:
 def test_what_an_adapter_reads_stays_with_it() -> None:
     model = METHODS["lora"](llama())
     layer = "base_model.model.model.layers.0"
-    barred = named(model, units.barred(model))
+    barred = named(model, units.cannot_be_unit(model))
     assert f"{layer}.self_attn.q_proj.base_layer" in barred
     assert not {layer, f"{layer}.self_attn", f"{layer}.self_attn.q_proj", f"{layer}.mlp.up_proj"} & barred
 
@@ -54,7 +54,7 @@ def test_models_and_tuners_go_past_their_children_and_their_layers_may_be_units(
 
 def test_a_module_with_two_parents_is_no_unit_nor_is_one_of_them() -> None:
     model = METHODS["prompt"](llama())
-    barred = named(model, units.barred(model))
+    barred = named(model, units.cannot_be_unit(model))
     assert {"base_model.model.embed_tokens", "base_model.model"} <= barred
     assert "base_model.lm_head" not in barred
 
@@ -88,7 +88,7 @@ def test_what_fsdp_ignores_does_not_decide_where_a_unit_ends(method: str) -> Non
     model = METHODS[method](llama())
     aside = {placement.tensor.name for placement in make_plan(model).ignored}
     ignored = {id(slot.tensor) for slot in inventory.named_tensors(model) if slot.name in aside}
-    barred = named(model, units.barred(model, ignored))
+    barred = named(model, units.cannot_be_unit(model, ignored))
     assert not {name for name in barred if name.endswith(("layers.0", "layers.1"))}
 
 

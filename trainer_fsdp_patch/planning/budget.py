@@ -71,7 +71,7 @@ def cost(tensor: Tensor) -> int:
     return 2 * tensor.nbytes + _STATE * elements
 
 
-def sharded(
+def choose_sharded(
     tensors: list[Tensor], barred: dict[str, str], asked: Settings, ranks: int
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Trainable tensors that are sharded, with the reason, and a sentence for the log.
@@ -106,7 +106,9 @@ def sharded(
     return chosen, (text + why,)
 
 
-def barred(tensors: list[Tensor], fsdp_version: int, units: dict[str, set[str]], copies: set[str]) -> dict[str, str]:
+def cannot_shard(
+    tensors: list[Tensor], fsdp_version: int, units: dict[str, set[str]], copies: set[str]
+) -> dict[str, str]:
     """Trainable tensors that FSDP cannot shard, by name, and why.
 
     Args:

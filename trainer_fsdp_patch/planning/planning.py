@@ -145,13 +145,13 @@ def make_plan(
         budget.settings.adapter_budget if adapter_budget is None else adapter_budget,
     )
     budget.check(asked.adapter_placement, asked.adapter_budget)
-    barred = budget.barred(tensors, fsdp_version, _homes(model, roots), inventory.copies(model))
+    barred = budget.cannot_shard(tensors, fsdp_version, _homes(model, roots), inventory.copies(model))
     barred |= dict.fromkeys(users, "it is ignored")
     if fsdp_version == 1 and use_orig_params is False:
         barred |= dict.fromkeys((tensor.name for tensor in tensors), "use_orig_params=False hides its name")
     if unsharded:
         barred |= dict.fromkeys((tensor.name for tensor in tensors), unsharded)
-    large, said = budget.sharded(tensors, barred, asked, ranks)
+    large, said = budget.choose_sharded(tensors, barred, asked, ranks)
     placements = tuple(_decide(tensor, users, odd | large, fsdp_version) for tensor in tensors)
     if not any(item.placement == SHARD for item in placements):
         raise PlanError(

@@ -41,7 +41,7 @@ def _owns(module: Any, ignored: Collection[int]) -> bool:
     return any(id(parameter) not in ignored for parameter in module.parameters())
 
 
-def barred(model: Any, ignored: Collection[int] = ()) -> Callable[[Any], bool]:
+def cannot_be_unit(model: Any, ignored: Collection[int] = ()) -> Callable[[Any], bool]:
     """Which modules must not be units of their own, for a wrap policy of FSDP1.
 
     FSDP1 puts a unit in a module's place in one parent; another, as prompt learning is of embeddings, would miss it.

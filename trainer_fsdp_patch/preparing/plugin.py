@@ -220,7 +220,7 @@ def _wrap_policy(prepared: Prepared, plugin: Any) -> None:
     plugin.auto_wrap_policy = _users_policy(plugin)
     plugin.set_auto_wrap_policy(model)
     if getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is size_based_auto_wrap_policy:
-        barred = units.barred(model, {id(tensor) for tensor in prepared.tensors})
+        barred = units.cannot_be_unit(model, {id(tensor) for tensor in prepared.tensors})
         plugin.auto_wrap_policy = functools.partial(_allowed, policy=plugin.auto_wrap_policy, barred=barred)
     if not wanted:
         return
