@@ -17,4 +17,4 @@ patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft.config")
 @patch.wrap("PeftConfigMixin.save_pretrained", "self", "save_directory", "kwargs", only=gates.any_model)
 def write_beside(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Write into a folder beside and rename: a full disk would leave an empty file."""
-    return writing.folder(wrapped, *args, **kwargs)
+    return writing.write_folder(wrapped, *args, **kwargs)

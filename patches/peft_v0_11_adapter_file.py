@@ -17,4 +17,4 @@ patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft.peft_model")
 @patch.wrap("safe_save_file", "tensors", "filename", "metadata", only=gates.any_model)
 def write_beside(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Write under another name and rename: a crash or a full disk leaves the file of the earlier save."""
-    return writing.tensors(wrapped, *args, **kwargs)
+    return writing.write_tensors(wrapped, *args, **kwargs)

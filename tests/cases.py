@@ -141,7 +141,7 @@ class Scene:
         if self.rank:
             return {}
         file = reading.adapter_file(self.folder / folder)
-        return {} if file is None else {key: tensor.clone() for key, tensor in reading.tensors(file).items()}
+        return {} if file is None else {key: tensor.clone() for key, tensor in reading.read_tensors(file).items()}
 
     def wait(self) -> None:
         """For all ranks."""

@@ -145,7 +145,7 @@ def failure(outcomes: list[Outcome]) -> str:
 def stored_bits(folder: str | Path) -> dict[str, bytes]:
     """Bytes of every tensor of an adapter's folder."""
     file = reading.adapter_file(Path(folder))
-    found = reading.tensors(file) if file else {}
+    found = reading.read_tensors(file) if file else {}
     if not found:
         raise LostError("no adapter file was written" if file is None else "the adapter file is empty")
     return {key: bits.bits(tensor).numpy().tobytes() for key, tensor in found.items()}
@@ -322,7 +322,7 @@ def saved(configure: Any) -> Callable[..., str]:
     def scenario(scene: Scene, setup: Setup, *, patched: bool) -> str:
         outcomes = scene.run(train, setup, patched=patched, configure=configure)
         wrong = scene.right(outcomes, scene.one(train, setup, configure), setup)
-        findings = [] if wrong else verify.path(Path(outcomes[0].folder))
+        findings = [] if wrong else verify.verify_path(Path(outcomes[0].folder))
         return wrong or (findings[0].text if findings else "")
 
     return scenario
@@ -430,7 +430,7 @@ def config_cut(scene: Scene, setup: Setup, *, patched: bool) -> str:
 
     folder = Path(first[0].folder)
     scene.run(action, setup, patched=patched, folder=folder)
-    findings = verify.path(folder)
+    findings = verify.verify_path(folder)
     return findings[0].text if findings else ""
 
 

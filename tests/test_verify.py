@@ -38,7 +38,7 @@ def good(trained: Path, tmp_path: Path) -> Path:
 
 
 def faults(folder: Path) -> list[str]:
-    return [item.fault for item in verify.path(folder)]
+    return [item.fault for item in verify.verify_path(folder)]
 
 
 def change(folder: Path, function: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -48,7 +48,7 @@ def change(folder: Path, function: Callable[[dict[str, Any]], dict[str, Any]]) -
 
 def test_what_the_patches_write_is_alive(good: Path) -> None:
     for path in (good, good / reading.SAFE, good / "checkpoint-1"):
-        assert verify.path(path) == []
+        assert verify.verify_path(path) == []
 
 
 @pytest.mark.parametrize("method", ["vera", "randlora", "dora", "vblora"])
@@ -59,7 +59,7 @@ def test_other_methods_are_alive(bench: Bench, method: str) -> None:
         pytest.skip(f"this peft has no {method}")
     run = checkpoints.Scene(bench).run(checkpoints.train, Setup("f1", fsdp=1), patched=True, configure=METHODS[method])
     assert checkpoints.failure(run) == ""
-    assert verify.path(Path(run[0].folder)) == []
+    assert verify.verify_path(Path(run[0].folder)) == []
 
 
 def test_wrapper_names_are_mended(good: Path, tmp_path: Path) -> None:
@@ -70,9 +70,9 @@ def test_wrapper_names_are_mended(good: Path, tmp_path: Path) -> None:
         change(
             spoilt, lambda tensors, w=wrapper: {k.replace(".layers.0", f".layers.0.{w}"): v for k, v in tensors.items()}
         )
-        [finding] = [item for item in verify.path(spoilt) if item.fault == "wrapper-names"]
+        [finding] = [item for item in verify.verify_path(spoilt) if item.fault == "wrapper-names"]
         assert finding.repairable
-        done, left = repair.path(spoilt, tmp_path / f"{wrapper} mended")
+        done, left = repair.repair_path(spoilt, tmp_path / f"{wrapper} mended")
         assert left == []
         assert "4 keys have lost" in done[0]
         mended = load_file(tmp_path / f"{wrapper} mended" / reading.SAFE)
@@ -83,7 +83,7 @@ def test_wrapper_names_are_mended(good: Path, tmp_path: Path) -> None:
 def test_two_keys_that_would_become_one(good: Path, tmp_path: Path) -> None:
     change(good, lambda tensors: tensors | {f"_orig_mod.{k}": v + 1 for k, v in tensors.items()})
     with pytest.raises(AdapterError, match="two keys of the file name this tensor"):
-        repair.path(good, tmp_path / "out")
+        repair.repair_path(good, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -97,9 +97,9 @@ def test_an_adapter_that_only_the_checkpoint_has(bench: Bench, tmp_path: Path, s
     shutil.move(lost / reading.CONFIG, tmp_path / reading.CONFIG)
     (lost / reading.SAFE).unlink()
     assert faults(lost) == ["missing"]
-    _, left = repair.path(lost, tmp_path / "without")
+    _, left = repair.repair_path(lost, tmp_path / "without")
     assert [item.fault for item in left] == ["no-config"]
-    _, left = repair.path(lost, tmp_path / "with", tmp_path / reading.CONFIG)
+    _, left = repair.repair_path(lost, tmp_path / "with", tmp_path / reading.CONFIG)
     assert left == []
     mended = load_file(tmp_path / "with" / reading.SAFE)
     assert mended.keys() == whole.keys()
@@ -131,7 +131,7 @@ def test_what_cannot_be_mended(good: Path, tmp_path: Path, name: str) -> None:
     function, fault = SPOILT[name]
     change(good, function)
     assert set(faults(good)) == {fault}
-    _, left = repair.path(good, tmp_path / "out")
+    _, left = repair.repair_path(good, tmp_path / "out")
     assert {item.fault for item in left} >= {fault}
     assert all(item.fault in repair.REASONS for item in left)
 
@@ -174,7 +174,7 @@ def test_checkpoints_that_are_not_whole(bench: Bench, tmp_path: Path, sharded: b
     setup = Setup("whole", fsdp=1, save_steps=3, sharded=sharded)
     run = checkpoints.Scene(bench).run(checkpoints.train, setup, patched=True)
     whole = Path(run[0].folder) / "checkpoint-3"
-    assert verify.path(whole) == []
+    assert verify.verify_path(whole) == []
     names = [item.name for item in whole.iterdir()]
     optional = {"README.md", "training_args.bin", "rng_state_1.pth", "tokenizer.json"}
     assert len(set(names) - optional) == 7
@@ -191,15 +191,15 @@ def test_checkpoints_that_are_not_whole(bench: Bench, tmp_path: Path, sharded: b
 def test_files_of_the_users_own_are_left_alone(good: Path) -> None:
     for name in ("vocabulary.bin", "notes.pt", "other.safetensors"):
         (good / "checkpoint-1" / name).write_bytes(b"mine")
-    assert verify.path(good) == []
+    assert verify.verify_path(good) == []
 
 
 def test_the_part_that_is_resumed_from_lacks_tensors(good: Path) -> None:
     """https://github.com/huggingface/accelerate/pull/4206"""
     folder = good / "checkpoint-1"
-    found = reading.tensors(folder / reading.FSDP_FULL)
+    found = reading.read_tensors(folder / reading.FSDP_FULL)
     torch.save({k: v for k, v in found.items() if "layers.1" not in k}, folder / reading.FSDP_FULL)
-    [finding] = verify.path(folder)
+    [finding] = verify.verify_path(folder)
     assert finding.fault == "incomplete"
     assert "lacks 4 tensors" in finding.text
 

@@ -77,9 +77,9 @@ def _saved(given: argparse.Namespace) -> int:
     done: list[str] = []
     try:
         if given.command == "verify":
-            findings = verify.path(given.path)
+            findings = verify.verify_path(given.path)
         else:
-            done, findings = repair.path(given.path, given.out, given.config)
+            done, findings = repair.repair_path(given.path, given.out, given.config)
     except AdapterError as error:
         sys.stderr.write(f"{error}\n")
         return 2

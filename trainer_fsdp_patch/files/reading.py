@@ -67,7 +67,7 @@ def adapter_folders(folder: Path) -> list[Path]:
     return [item for item in (folder, *below) if adapter_file(item) or (item / CONFIG).is_file()]
 
 
-def tensors(path: Path) -> dict[str, Any]:
+def read_tensors(path: Path) -> dict[str, Any]:
     """Tensors of an adapter file or of a pickled state dict, on the CPU.
 
     Raises:
@@ -94,7 +94,7 @@ def fsdp_part(folder: Path) -> dict[str, Any]:
         AdapterError: it is truncated, foreign, or holds something else than tensors.
     """
     if (folder / FSDP_FULL).is_file():
-        return tensors(folder / FSDP_FULL)
+        return read_tensors(folder / FSDP_FULL)
     if not (folder / FSDP_SHARDED).is_dir():
         return {}
     try:

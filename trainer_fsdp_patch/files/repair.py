@@ -27,7 +27,7 @@ REASONS = {
 """Why a fault is not mended."""
 
 
-def path(where: Path, out: Path, config: Path | None = None) -> tuple[list[str], list[verify.Finding]]:
+def repair_path(where: Path, out: Path, config: Path | None = None) -> tuple[list[str], list[verify.Finding]]:
     """Write a mended copy of every adapter of a folder.
 
     Args:
@@ -44,7 +44,7 @@ def path(where: Path, out: Path, config: Path | None = None) -> tuple[list[str],
     if out.exists() and reading.adapter_folders(out):
         text = message(str(out), "holds an adapter", "Nothing was written: it would be replaced", "Give another --out")
         raise AdapterError(text)
-    verify.path(where)
+    verify.verify_path(where)
     if config:
         reading.text(config)
     folders = [where.parent] if where.is_file() else reading.adapter_folders(where) or [where]
@@ -57,9 +57,9 @@ def path(where: Path, out: Path, config: Path | None = None) -> tuple[list[str],
         if config and target.is_dir() and not (target / reading.CONFIG).exists():
             shutil.copy2(config, target / reading.CONFIG)
         if reading.adapter_file(target):
-            left += verify.path(target)
+            left += verify.verify_path(target)
         else:
-            left += [item for item in verify.path(folder) if not item.repairable]
+            left += [item for item in verify.verify_path(folder) if not item.repairable]
     return done, left
 
 
@@ -72,7 +72,7 @@ def _adapter(folder: Path, source: Path, target: Path, adapter: str) -> list[str
     done = []
     if file:
         try:
-            tensors = reading.tensors(file)
+            tensors = reading.read_tensors(file)
         except AdapterError as error:
             done.append(str(error))
         tensors, renamed = _renamed(tensors)

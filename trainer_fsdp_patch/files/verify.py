@@ -43,7 +43,7 @@ class Finding:
     repairable: bool = False
 
 
-def path(where: Path) -> list[Finding]:
+def verify_path(where: Path) -> list[Finding]:
     """Faults of an adapter file, an adapter's folder or a Trainer checkpoint; [] where it is alive.
 
     Args:
@@ -62,7 +62,7 @@ def path(where: Path) -> list[Finding]:
         remedy = "Give an adapter file, the folder of one, or a checkpoint of a Trainer"
         raise AdapterError(message(str(where), found, "There is nothing to verify", remedy))
     findings = [item for folder in folders for item in _folder(folder)]
-    findings += [item for run in runs for item in path(run)]
+    findings += [item for run in runs for item in verify_path(run)]
     return findings + (list(_checkpoint(where, adapter=bool(folders))) if checkpoint else [])
 
 
@@ -98,7 +98,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
 
 def _file(file: Path, config: dict[str, Any]) -> Iterator[Finding]:
     try:
-        tensors = reading.tensors(file)
+        tensors = reading.read_tensors(file)
     except AdapterError as error:
         yield Finding(str(file), "", "unreadable", str(error))
         return
@@ -232,7 +232,7 @@ def _left_out(folder: Path, file: Path, model: dict[str, Any]) -> Iterator[Findi
     """Tensors of the adapter file that the part which is resumed from lacks."""
     try:
         known = {file_key(key) for key in model}
-        lost = [key for key in reading.tensors(file) if file_key(key) not in known]
+        lost = [key for key in reading.read_tensors(file) if file_key(key) not in known]
     except AdapterError:
         return
     if lost:

@@ -202,7 +202,7 @@ def load(upstream: Callable[[], Any], trainer: Any, folder: Any) -> Any:
         if lacks:
             state.failure = str(_refused(str(where), f"not whole: {lacks[0]}"))
         elif (where / reading.FSDP_FULL).is_file() and _below_compile(trainer.model, prepared):
-            load_model_state_dict(upstream, trainer.model, reading.tensors(where / reading.FSDP_FULL), True)
+            load_model_state_dict(upstream, trainer.model, reading.read_tensors(where / reading.FSDP_FULL), True)
         elif verify.is_ours(where) or not reading.adapter_folders(where):
             result = upstream()
         else:
@@ -232,7 +232,7 @@ def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
         own = {f"base_model.model.{file_key(name, adapter)}": name for name in live if adapter in name.split(".")}
         written = checkpoint.keys(bare, live).get(adapter, {})
         named = own | {key: places[_storage_key(item)] for key, item in written.items() if _storage_key(item) in places}
-        found |= {named.get(key, key): tensor for key, tensor in reading.tensors(file).items()}
+        found |= {named.get(key, key): tensor for key, tensor in reading.read_tensors(file).items()}
     return found
 
 

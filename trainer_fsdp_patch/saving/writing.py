@@ -14,7 +14,7 @@ from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.planning.prepared import any_prepared, prepared_by
 
 
-def tensors(upstream: Callable[..., Any], values: dict[str, Any], filename: Any, metadata: Any = None) -> None:
+def write_tensors(upstream: Callable[..., Any], values: dict[str, Any], filename: Any, metadata: Any = None) -> None:
     """Write a safetensors file whole, or leave the one that was there.
 
     Args:
@@ -60,7 +60,7 @@ def _refuse_empty(filename: Any) -> None:
     warn(*said)
 
 
-def folder(upstream: Callable[..., Any], save_directory: Any, **kwargs: Any) -> Any:
+def write_folder(upstream: Callable[..., Any], save_directory: Any, **kwargs: Any) -> Any:
     """Let a function that writes small files into a folder write them whole, or leave those that were there.
 
     Args:
