@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, Tensor
+from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, TensorInfo
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.shadowing import shadowed
 
@@ -246,7 +246,7 @@ class Watch:
     """
 
     model: Any
-    tensors: Iterable[Tensor]
+    tensors: Iterable[TensorInfo]
     peak: int = 0
     units: list[Unit] = field(default_factory=list)
 

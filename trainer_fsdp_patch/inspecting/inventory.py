@@ -15,7 +15,7 @@ ADAPTER, PROJECTION, QUANTIZED, BASE = "adapter", "projection", "quantized", "ba
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorInfo:
     """One parameter or buffer, found once however many modules share it.
 
     Attributes:
@@ -257,7 +257,7 @@ def nbytes_of(tensor: Any) -> int:
     return sum(map(nbytes_of, _parts(tensor))) or tensor.numel() * tensor.element_size()
 
 
-def take(model: Any) -> list[Tensor]:
+def take(model: Any) -> list[TensorInfo]:
     """Inventory of a model.
 
     Args:
@@ -284,10 +284,10 @@ def _role(slot: Slot, owned: bool, packed: bool) -> str:
     return QUANTIZED if packed else BASE
 
 
-def _entry(slots: list[Slot], packed: bool) -> Tensor:
+def _entry(slots: list[Slot], packed: bool) -> TensorInfo:
     first, tensor = slots[0], slots[0].tensor
     owned = all(slot.owned for slot in slots)
-    return Tensor(
+    return TensorInfo(
         name=first.name,
         names=tuple(slot.name for slot in slots),
         kind=first.kind,

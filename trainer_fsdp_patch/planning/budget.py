@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.errors import PlanError, message
-from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, QUANTIZED, Tensor
+from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, QUANTIZED, TensorInfo
 
 PLACEMENTS = ("auto", "replicate", "shard")
 FLOOR = 2**30
@@ -63,7 +63,7 @@ def _refuse(setting: str, found: Any, remedy: str) -> None:
     raise PlanError(message(setting, repr(found), "No plan was made", remedy), setting=setting)
 
 
-def cost(tensor: Tensor) -> int:
+def cost(tensor: TensorInfo) -> int:
     """Bytes that a replicated trainable tensor costs each rank: itself, its gradient and its optimizer state."""
     elements = 1
     for size in tensor.shape:
@@ -72,7 +72,7 @@ def cost(tensor: Tensor) -> int:
 
 
 def choose_sharded(
-    tensors: list[Tensor], barred: dict[str, str], asked: Settings, ranks: int
+    tensors: list[TensorInfo], barred: dict[str, str], asked: Settings, ranks: int
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Trainable tensors that are sharded, with the reason, and a sentence for the log.
 
@@ -107,7 +107,7 @@ def choose_sharded(
 
 
 def cannot_shard(
-    tensors: list[Tensor], fsdp_version: int, units: dict[str, set[str]], copies: set[str]
+    tensors: list[TensorInfo], fsdp_version: int, units: dict[str, set[str]], copies: set[str]
 ) -> dict[str, str]:
     """Trainable tensors that FSDP cannot shard, by name, and why.
 

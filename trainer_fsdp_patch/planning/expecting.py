@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch.inspecting.footprint import Footprint
-from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, Tensor
+from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, TensorInfo
 from trainer_fsdp_patch.names import canonical
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
     )
 
 
-def _share(plan: Plan, tensor: Tensor, ranks: int, *, padded: bool) -> int:
+def _share(plan: Plan, tensor: TensorInfo, ranks: int, *, padded: bool) -> int:
     """Bytes of a rank's part of a sharded tensor: rows of it under FSDP2, which keeps as many on each rank."""
     stored = _kept(plan, tensor)
     elements = tensor.nbytes // _itemsize(tensor)
@@ -135,7 +135,7 @@ def _share(plan: Plan, tensor: Tensor, ranks: int, *, padded: bool) -> int:
     return -(-(_aligned(plan, tensor) if padded else elements) // ranks) * stored
 
 
-def _gathered(plan: Plan, cut: Units, tensors: dict[str, Tensor], ranks: int, prefetched: bool) -> int:
+def _gathered(plan: Plan, cut: Units, tensors: dict[str, TensorInfo], ranks: int, prefetched: bool) -> int:
     """The largest sum over one unit, or two, and those around them."""
     sizes = {home: _unit(plan, [tensors[name] for name in held], ranks) for home, held in cut}
     # What is tied is used first and last, and its unit stays gathered in between.
@@ -146,7 +146,7 @@ def _gathered(plan: Plan, cut: Units, tensors: dict[str, Tensor], ranks: int, pr
     return max(sum(sizes[home] for home in chain) for chain in chains)
 
 
-def _unit(plan: Plan, tensors: list[Tensor], ranks: int) -> int:
+def _unit(plan: Plan, tensors: list[TensorInfo], ranks: int) -> int:
     """Bytes of a unit while it is gathered, in the dtype that it computes in."""
     if plan.fsdp_version == 2:
         rows = (-(-_rows(tensor) // ranks) * ranks * (tensor.nbytes // _rows(tensor)) for tensor in tensors)
@@ -157,21 +157,21 @@ def _unit(plan: Plan, tensors: list[Tensor], ranks: int) -> int:
     return -(-elements // ranks) * ranks * max((_computed(plan, tensor) for tensor in tensors), default=0)
 
 
-def _aligned(plan: Plan, tensor: Tensor) -> int:
+def _aligned(plan: Plan, tensor: TensorInfo) -> int:
     """Elements of a tensor in a flat parameter, with those that FSDP1 puts before the next one."""
     step = max(1, _ALIGNED // _computed(plan, tensor))
     return -(-(tensor.nbytes // _itemsize(tensor)) // step) * step
 
 
-def _rows(tensor: Tensor) -> int:
+def _rows(tensor: TensorInfo) -> int:
     return max(1, tensor.shape[0]) if tensor.shape else 1
 
 
-def _itemsize(tensor: Tensor) -> int:
+def _itemsize(tensor: TensorInfo) -> int:
     return SIZES.get(tensor.dtype, 1)
 
 
-def _kept(plan: Plan, tensor: Tensor) -> int:
+def _kept(plan: Plan, tensor: TensorInfo) -> int:
     """Bytes of an element between steps: accelerate keeps what trains in fp32 under mixed precision.
 
     Under FSDP2 it leaves models with 4-bit weights as they are.
@@ -181,6 +181,6 @@ def _kept(plan: Plan, tensor: Tensor) -> int:
     return max(4, _itemsize(tensor)) if upcast and tensor.dtype in SIZES else _itemsize(tensor)
 
 
-def _computed(plan: Plan, tensor: Tensor) -> int:
+def _computed(plan: Plan, tensor: TensorInfo) -> int:
     """Bytes of an element while it is gathered."""
     return SIZES[plan.param_dtype] if plan.param_dtype and tensor.dtype in SIZES else _itemsize(tensor)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from trainer_fsdp_patch.errors import PlanError, message
 from trainer_fsdp_patch.inspecting import inventory
-from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, Tensor
+from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, TensorInfo
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning import budget, expecting
 
@@ -22,7 +22,7 @@ _AMP = {"no": None, "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 class Placement:
     """Where one tensor goes, and why. `placement` is shard (FSDP owns it) or replicate."""
 
-    tensor: Tensor
+    tensor: TensorInfo
     placement: str
     reason: str
 
@@ -185,7 +185,7 @@ def _orig_params(fsdp_version: int, asked: bool | None) -> bool | None:
     return None
 
 
-def _decide(tensor: Tensor, users: set[str], odd: dict[str, str], fsdp_version: int) -> Placement:
+def _decide(tensor: TensorInfo, users: set[str], odd: dict[str, str], fsdp_version: int) -> Placement:
     if tensor.role == ADAPTER and tensor.name in odd:
         return Placement(tensor, SHARD, odd[tensor.name])
     if tensor.role == ADAPTER:
@@ -203,7 +203,7 @@ def _decide(tensor: Tensor, users: set[str], odd: dict[str, str], fsdp_version: 
     return Placement(tensor, SHARD, f"frozen base weight: sharded by FSDP{fsdp_version}")
 
 
-def shardable(tensor: Tensor) -> bool:
+def shardable(tensor: TensorInfo) -> bool:
     """Whether a tensor of a quantized layer can go into a unit: the float-stored ones can."""
     return tensor.dtype in ("float32", "bfloat16", "float16")
 
@@ -293,7 +293,7 @@ def _homes(model: Any, roots: list[str]) -> dict[str, set[str]]:
     return {name: {_unit(other, roots) for other in together} for together in names.values() for name in together}
 
 
-def shared_by_units(tensors: list[Tensor], roots: list[str]) -> dict[str, str]:
+def shared_by_units(tensors: list[TensorInfo], roots: list[str]) -> dict[str, str]:
     """Frozen parameters that several FSDP units share, as LoRA's layer_replication has them, with the reason."""
     shared = {}
     for tensor in tensors:
@@ -303,12 +303,12 @@ def shared_by_units(tensors: list[Tensor], roots: list[str]) -> dict[str, str]:
     return shared
 
 
-def odd_dtypes(tensors: list[Tensor], roots: list[str]) -> dict[str, str]:
+def odd_dtypes(tensors: list[TensorInfo], roots: list[str]) -> dict[str, str]:
     """Frozen parameters whose dtype is not the prevailing one of their FSDP1 unit, with the reason.
 
     FSDP1 flattens a unit into one tensor, so it takes one dtype only; the smaller part stays whole.
     """
-    groups: dict[str, list[Tensor]] = {}
+    groups: dict[str, list[TensorInfo]] = {}
     for tensor in tensors:
         if tensor.kind == "parameter" and tensor.role in (BASE, QUANTIZED) and shardable(tensor):
             groups.setdefault(_unit(tensor.name, roots), []).append(tensor)

@@ -250,7 +250,7 @@ def counter() -> Any:
     return Count
 
 
-def _recorder(tensors: list[inventory.Tensor]) -> Any:
+def _recorder(tensors: list[inventory.TensorInfo]) -> Any:
     """A callback that keeps what is compared: losses, collectives, footprint and the adapter of each step.
 
     Args:
