@@ -135,8 +135,8 @@ def _copy_in(model: Any, prepared: Prepared, state_dict: dict[str, Any], read: d
     """Copy what is replicated, and keep what is sharded in `read`."""
     import torch
 
-    empty = gathering.templates(prepared)
-    live = checkpoint.persistent(model, prepared.of_adapter()) | gathering.aliased(prepared, empty)
+    empty = gathering.empty_like_sharded(prepared)
+    live = checkpoint.persistent(model, prepared.of_adapter()) | gathering.under_all_names(prepared, empty)
     known = names(model, live, as_peft=True) | names(model, live, as_peft=False)
     sharded = {id(tensor): name for name, tensor in empty.items()}
     others = {slot.name for slot in inventory.named_tensors(unwrap(model))}
@@ -220,7 +220,7 @@ def _below_compile(model: Any, prepared: Prepared) -> bool:
 def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
     """Tensors of adapter files by canonical names of the model."""
     bare = unwrap(model)
-    empty = gathering.aliased(prepared, gathering.templates(prepared))
+    empty = gathering.under_all_names(prepared, gathering.empty_like_sharded(prepared))
     live = checkpoint.persistent(model, prepared.of_adapter()) | empty
     places = {_storage_key(tensor): name for name, tensor in live.items()}
     found: dict[str, Any] = {}
@@ -259,4 +259,4 @@ def _loading(prepared: Prepared, model: Any) -> Iterator[LoadState]:
     adapter = prepared.of_adapter()
     sync.broadcast(adapter.values())
     sync.compare(list(adapter), list(adapter.values()), "after a checkpoint was loaded")
-    gathering.put(model, prepared, state.read)
+    gathering.scatter(model, prepared, state.read)

@@ -112,10 +112,12 @@ def _adapter(accelerator: Any, model: Any, prepared: Prepared) -> dict[str, Any]
     """
     adapter = prepared.of_adapter()
     sync.compare(list(adapter), list(adapter.values()), "before saving")
-    gathered = gathering.whole(model, prepared)
+    gathered = gathering.full_tensors(model, prepared)
     refuse_dead(adapter | gathered)
     liveness.of(prepared).warn_unmoved()
-    found = on_cpu(persistent(model, adapter) | gathering.aliased(prepared, gathering.stored(prepared, gathered)))
+    found = on_cpu(
+        persistent(model, adapter) | gathering.under_all_names(prepared, gathering.in_stored_dtype(prepared, gathered))
+    )
     found |= on_cpu(added(unwrap(model), prepared))
     prove(unwrap(model), found, prepared)
     if accelerator.is_main_process:
@@ -157,7 +159,9 @@ def persistent(model: Any, adapter: dict[str, Any]) -> dict[str, Any]:
 
 def live(model: Any, prepared: Prepared) -> dict[str, Any]:
     """The same, with what FSDP has sharded of it gathered; every rank takes part."""
-    return persistent(model, prepared.of_adapter()) | gathering.aliased(prepared, gathering.whole(model, prepared))
+    return persistent(model, prepared.of_adapter()) | gathering.under_all_names(
+        prepared, gathering.full_tensors(model, prepared)
+    )
 
 
 def refuse_dead(adapter: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 
 
-def whole(model: Any, prepared: Prepared) -> dict[str, Any]:
+def full_tensors(model: Any, prepared: Prepared) -> dict[str, Any]:
     """Sharded trainable tensors, gathered: on every rank, by canonical name; every rank takes part.
 
     Args:
@@ -29,7 +29,7 @@ def whole(model: Any, prepared: Prepared) -> dict[str, Any]:
     return found
 
 
-def stored(prepared: Prepared, named: dict[str, Any]) -> dict[str, Any]:
+def in_stored_dtype(prepared: Prepared, named: dict[str, Any]) -> dict[str, Any]:
     """The same tensors in the dtypes that they were given, or cast to; accelerate trains sharded ones in fp32."""
     import torch
 
@@ -67,7 +67,7 @@ def names_of(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return {canonical(name): tensor for name, tensor in named}
 
 
-def templates(prepared: Prepared) -> dict[str, Any]:
+def empty_like_sharded(prepared: Prepared) -> dict[str, Any]:
     """Empty tensors in the place of the sharded ones, by canonical name; no rank has to take part."""
     import torch
 
@@ -77,7 +77,7 @@ def templates(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def aliased(prepared: Prepared, named: dict[str, Any]) -> dict[str, Any]:
+def under_all_names(prepared: Prepared, named: dict[str, Any]) -> dict[str, Any]:
     """The same tensors by all the names that a state dict has for them."""
     return {
         alias: named[item.tensor.name]
@@ -87,7 +87,7 @@ def aliased(prepared: Prepared, named: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def put(model: Any, prepared: Prepared, values: dict[str, Any]) -> None:
+def scatter(model: Any, prepared: Prepared, values: dict[str, Any]) -> None:
     """Give each rank its part of the values that rank 0 has read; every rank takes part.
 
     Args:

@@ -80,8 +80,8 @@ def _asked(call: Callable[[dict[str, Any]], Any], model: Any, prepared: Prepared
         "Call this on every rank, or save with Trainer.save_model()",
     )
     wrapped = prepared.wrapped()
-    whole = gathering.stored(prepared, gathering.whole(wrapped, prepared))
-    own |= gathering.aliased(prepared, whole)
+    whole = gathering.in_stored_dtype(prepared, gathering.full_tensors(wrapped, prepared))
+    own |= gathering.under_all_names(prepared, whole)
     return call(own | checkpoint.embeddings(wrapped, set(own), kept=True))
 
 
@@ -101,7 +101,7 @@ def _empty(model: Any, prepared: Prepared, known: set[str]) -> dict[str, Any]:
         return torch.zeros(()).expand(shape).as_subclass(absent())
 
     found = {item.tensor.name: empty(*item.tensor.shape) for item in prepared.plan.sharded}
-    found = gathering.aliased(prepared, found)
+    found = gathering.under_all_names(prepared, found)
     modules = checkpoint.embedding_modules(model)
     for name, tensor in model.named_parameters(remove_duplicate=False):
         # FSDP1's flat parameter knows the names of what is in it.
