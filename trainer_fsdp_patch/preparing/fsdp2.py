@@ -30,7 +30,7 @@ def hide_ignored(model: Any) -> Iterator[None]:
     for slot in hidden:
         slot.holder[slot.key] = None
     try:
-        with chosen(model):
+        with skip_impossible_units(model):
             yield
     finally:
         for slot in hidden:
@@ -58,7 +58,7 @@ def keep_dtype(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def chosen(model: Any) -> Iterator[None]:
+def skip_impossible_units(model: Any) -> Iterator[None]:
     """Around accelerate's FSDP2 of a planned model: what cannot be a unit stays with the one around it.
 
     Args:
