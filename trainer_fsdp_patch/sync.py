@@ -245,7 +245,7 @@ def compare(names: Sequence[str], tensors: Sequence[torch.Tensor], when: str) ->
         )
 
 
-def everyone(value: Any, what: str) -> list[Any]:
+def all_gather_object(value: Any, what: str) -> list[Any]:
     """A value of each rank, which all ranks get.
 
     Args:
@@ -276,7 +276,7 @@ def first_difference(items: dict[str, Any], what: str) -> tuple[str, int, Any, A
     Raises:
         RankError: another rank has ended.
     """
-    first, *others = everyone(items, what)
+    first, *others = all_gather_object(items, what)
     for rank, other in enumerate(others, 1):
         for name in (*first, *other):
             here, there = first.get(name, "absent"), other.get(name, "absent")
@@ -285,7 +285,7 @@ def first_difference(items: dict[str, Any], what: str) -> tuple[str, int, Any, A
     return None
 
 
-def anywhere(flag: bool, device: Any, what: str) -> bool:
+def any_rank(flag: bool, device: Any, what: str) -> bool:
     """Whether a flag is set on any rank.
 
     Args:

@@ -108,10 +108,10 @@ def _refuse_other_tensors(named: list[tuple[str, Any]]) -> None:
         AdapterError: on all ranks, naming the first tensor.
     """
     made = [f"{name}: {tensor.dtype} {list(tensor.shape)}" for name, tensor in named]
-    sums = sync.everyone(zlib.crc32("\n".join(made).encode()), _COMPARISON)
+    sums = sync.all_gather_object(zlib.crc32("\n".join(made).encode()), _COMPARISON)
     if len(set(sums)) == 1:
         return
-    first, *others = map(set, sync.everyone(made, _COMPARISON))
+    first, *others = map(set, sync.all_gather_object(made, _COMPARISON))
     rank, found = next((rank, sorted(other ^ first)[0]) for rank, other in enumerate(others, 1) if other != first)
     name, _, kind = found.partition(": ")
     side = "rank 0" if found in first else f"rank {rank}"

@@ -59,7 +59,7 @@ def last_checkpoint(upstream: Callable[..., Any], folder: Any) -> Any:
             break
         skipped.append(f"{item.name} ({lacks[0]})")
         chosen = None
-    chosen, skipped = sync.everyone((chosen, skipped), "choice of a checkpoint")[0]
+    chosen, skipped = sync.all_gather_object((chosen, skipped), "choice of a checkpoint")[0]
     if skipped:
         warn(
             str(folder),

@@ -47,7 +47,7 @@ def load_full(
     found = optim_state_dict or {}
     settings = [{k: v for k, v in group.items() if k != "params"} for group in found.get("param_groups", ())]
     stateless = not any(found.get("state", {}).values())
-    stateless, settings = sync.everyone((stateless, settings), "load of the optimizer")[0]
+    stateless, settings = sync.all_gather_object((stateless, settings), "load of the optimizer")[0]
     if not stateless:
         load = functools.partial(_load_released, optimizers.load_state_dict)
         with shadowed(optimizers, load_state_dict=load):

@@ -196,7 +196,7 @@ def load(upstream: Callable[[], Any], trainer: Any, folder: Any) -> Any:
     where = Path(folder)
     # What other machines' disks lack is not theirs to read.
     lacks = verify.unfinished(where) if trainer.is_world_process_zero() else []
-    lacks = sync.everyone(lacks, "load of a checkpoint")[0]
+    lacks = sync.all_gather_object(lacks, "load of a checkpoint")[0]
     result = None
     with _loading(prepared, trainer.model) as state:
         if lacks:
@@ -250,7 +250,7 @@ def _loading(prepared: Prepared, model: Any) -> Iterator[LoadState]:
         own, state.failure = error, f"{type(error).__name__}: {error}"
     finally:
         _LOADING.reset(token)
-    failures = sync.everyone(state.failure, "load of a checkpoint")
+    failures = sync.all_gather_object(state.failure, "load of a checkpoint")
     if own is not None:
         raise own
     if any(failures):

@@ -97,7 +97,7 @@ def scatter(model: Any, prepared: Prepared, values: dict[str, Any]) -> None:
     """
     import torch
 
-    wanted = sync.everyone(sorted(values), "load of a checkpoint")[0] if prepared.sharded else []
+    wanted = sync.all_gather_object(sorted(values), "load of a checkpoint")[0] if prepared.sharded else []
     if not wanted:
         return
     with torch.no_grad(), _summoned(model, writeback=True):

@@ -153,9 +153,9 @@ def _agree(failure: Exception | None, device: Any) -> None:
     """One all-reduce where nobody has failed."""
     said = "" if failure is None else str(failure) or type(failure).__name__
     try:
-        if not sync.anywhere(failure is not None, device, "save of the adapter"):
+        if not sync.any_rank(failure is not None, device, "save of the adapter"):
             return
-        everyone = sync.everyone(said, "save of the adapter")
+        everyone = sync.all_gather_object(said, "save of the adapter")
     finally:
         if failure is not None:
             raise failure
