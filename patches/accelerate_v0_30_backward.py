@@ -18,4 +18,4 @@ patch = Patch(__name__, versions="accelerate>=0.30.dev0", target="accelerate.acc
 @patch.wrap("Accelerator.backward", "self", "loss", "kwargs", only=gates.accelerator)
 def average_after_backward(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """All ranks pass here once per backward; only the last one of an accumulation window averages."""
-    return steps.backward(functools.partial(wrapped, *args, **kwargs), instance)
+    return steps.after_backward(functools.partial(wrapped, *args, **kwargs), instance)

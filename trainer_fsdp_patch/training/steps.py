@@ -52,7 +52,7 @@ def watch(prepared: Prepared, accelerator: Any) -> None:
     def average() -> None:
         found = record()
         if found is not None:
-            average_gradients(found)
+            average_replicated(found)
 
     trained = {id(tensor) for tensor in prepared.tensors if tensor.requires_grad}
     synchronises = functools.partial(gradients.synchronises, owner, prepared.model)
@@ -73,7 +73,7 @@ def averaging_of(prepared: Prepared) -> gradients.Averaging | None:
     return None if steps is None else steps.averaging
 
 
-def average_gradients(prepared: Prepared) -> None:
+def average_replicated(prepared: Prepared) -> None:
     """Average the gradients of what is replicated and was trainable at any time, as DDP does.
 
     What is trainable right now may differ between ranks: peft's `disable_adapter()` freezes the adapter inside it.
@@ -137,7 +137,7 @@ def _refuse_unknown(prepared: Prepared, stepped: list[Any]) -> None:
             )
 
 
-def backward(upstream: Callable[[], Any], accelerator: Any) -> Any:
+def after_backward(upstream: Callable[[], Any], accelerator: Any) -> Any:
     """Average the replicated gradients of every planned model after a backward pass of accelerate's.
 
     Args:
