@@ -18,5 +18,5 @@ def record_explicit_values(wrapped: Any, instance: Any, args: tuple[Any, ...], k
     """Look at the fields before defaults and environment fill them."""
     asked = dict(vars(instance))
     result = wrapped(*args, **kwargs)
-    plugin.record(instance, asked)
+    plugin.remember_arguments(instance, asked)
     return result

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.command == "check":
         from trainer_fsdp_patch.testing import check
 
-        return check.check()
+        return check.run()
     if given.command == "seams":
         return _seams(record=given.record)
     if given.markdown:
@@ -113,7 +113,7 @@ def _seams(*, record: bool) -> int:
 
     check.import_targets()
     if record:
-        seams.record()
+        seams.write_record()
     return seams.report()
 
 

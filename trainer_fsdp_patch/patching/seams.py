@@ -111,7 +111,7 @@ def _difference(then: dict[str, Any] | None, now: dict[str, Any] | None) -> tupl
     return ("same", "") if then["digest"] == now["digest"] else ("body", "read what changed in it")
 
 
-def record() -> None:
+def write_record() -> None:
     """Write what is installed as the newest tested releases."""
     seams = {f"{target}.{path}": look(target, path) for target, path, _ in known()}
     installed = {package: str(versions.installed(package)) for package in ("accelerate", "peft", "transformers")}

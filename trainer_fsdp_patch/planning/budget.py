@@ -41,12 +41,12 @@ def set_to(adapter_placement: str | None, adapter_budget: int | None) -> None:
     Raises:
         PlanError: it is no placement, or no number of bytes.
     """
-    check(adapter_placement or "auto", adapter_budget)
+    check_settings(adapter_placement or "auto", adapter_budget)
     settings.adapter_placement = adapter_placement or settings.adapter_placement
     settings.adapter_budget = settings.adapter_budget if adapter_budget is None else adapter_budget
 
 
-def check(adapter_placement: str, adapter_budget: int | None) -> None:
+def check_settings(adapter_placement: str, adapter_budget: int | None) -> None:
     """Refuse what is no setting.
 
     Raises:

@@ -144,7 +144,7 @@ def make_plan(
         adapter_placement or budget.settings.adapter_placement,
         budget.settings.adapter_budget if adapter_budget is None else adapter_budget,
     )
-    budget.check(asked.adapter_placement, asked.adapter_budget)
+    budget.check_settings(asked.adapter_placement, asked.adapter_budget)
     barred = budget.cannot_shard(tensors, fsdp_version, _homes(model, roots), inventory.copies(model))
     barred |= dict.fromkeys(users, "it is ignored")
     if fsdp_version == 1 and use_orig_params is False:

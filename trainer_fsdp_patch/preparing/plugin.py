@@ -30,7 +30,7 @@ def version_of(plugin: Any) -> int:
     return int(getattr(plugin, "fsdp_version", 1))
 
 
-def record(plugin: Any, asked: dict[str, Any]) -> None:
+def remember_arguments(plugin: Any, asked: dict[str, Any]) -> None:
     """Keep what a user gave the FSDP plugin explicitly, so that it wins over a plan later.
 
     Nothing is checked and nothing changed before a plan is made: whose run it is to be is not known yet.

@@ -40,7 +40,7 @@ def ranks() -> int:
     return max(2, torch.cuda.device_count())
 
 
-def check() -> int:
+def run() -> int:
     """Run every set-up stock and patched, print the table, and return 0 only if every patched cell is right.
 
     A patched cell has to equal one process, and may take no more of a rank than its plan says and than stock does.
