@@ -19,13 +19,13 @@ import adapter_step
 from rich.console import Console
 from rich.table import Table
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.saving import checkpoint, liveness, writing
 from trainer_fsdp_patch.testing import check, forks, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 PARTS = {
-    "ranks compared": (sync, "compare"),
+    "ranks compared": (collectives, "compare"),
     "values finite": (checkpoint, "refuse_dead"),
     "moved since the start": (liveness.Liveness, "warn_unmoved"),
     "keys as expected": (checkpoint, "prove"),

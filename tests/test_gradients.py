@@ -17,7 +17,7 @@ import torch
 from faults import FLAVOURS
 from matrix import METHODS, Bench, Setup, reference_of, trial
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome, compare
 
@@ -72,8 +72,8 @@ def run(step: Step, setup: Setup, base: str, folder: str, ranks: int, rank: int)
     given = trial.enter(setup, folder, ranks, patched=ranks > 1)
     given.average_tokens_across_devices = False
     counted: list[int] = []
-    upstream = sync.average_gradients
-    sync.average_gradients = lambda *args: counted.append(upstream(*args))  # type: ignore[assignment, func-returns-value]
+    upstream = collectives.average_gradients
+    collectives.average_gradients = lambda *args: counted.append(upstream(*args))  # type: ignore[assignment, func-returns-value]
     per_step: list[int] = []
 
     class Own(Trainer):  # type: ignore[misc]

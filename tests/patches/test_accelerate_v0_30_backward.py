@@ -19,9 +19,9 @@ def test_canary() -> None:
 
 def without_average(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
     """Train patched, with the averaging alone taken out."""
-    from trainer_fsdp_patch import sync
+    from trainer_fsdp_patch import collectives
 
-    sync.average_gradients = lambda parameters, groups: 0
+    collectives.average_gradients = lambda parameters, groups: 0
     return trial.train(setup, METHODS["vera"], base, folder, 2, True, rank)
 
 
@@ -33,10 +33,10 @@ def test_without_it_ranks_train_adapters_of_their_own(bench: Bench, tmp_path: Pa
 
 
 def counted(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
-    from trainer_fsdp_patch import sync
+    from trainer_fsdp_patch import collectives
 
-    upstream, calls = sync.average_gradients, []
-    sync.average_gradients = lambda *args: calls.append(upstream(*args))
+    upstream, calls = collectives.average_gradients, []
+    collectives.average_gradients = lambda *args: calls.append(upstream(*args))
     outcome = trial.train(setup, METHODS["vera"], base, folder, 2, True, rank)
     outcome.extra["calls"] = calls
     return outcome

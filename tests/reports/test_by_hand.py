@@ -16,7 +16,7 @@ from faults import FLAVOURS, added, takes_adapters
 from matrix import METHODS, Bench, Setup, has, reference_of, trial
 from safetensors.torch import load_file, save_file
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.testing import forks, releases
 from trainer_fsdp_patch.testing.case import Outcome
@@ -100,7 +100,7 @@ def saved(
 ) -> Outcome:
     """Each way's file beside the Trainer's: what of it is missing or differs."""
     trainer = trained(method, setup, base, folder, patched=patched)
-    sync.PATIENCE = 0.5
+    collectives.PATIENCE = 0.5
     if patched:
         trainer.save_model(f"{folder}/trainer")
     found: dict[str, Any] = {}

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from trainer_fsdp_patch import bits, sync
+from trainer_fsdp_patch import bits, collectives
 from trainer_fsdp_patch.errors import AdapterError, message
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared
@@ -36,7 +36,7 @@ def synchronize(prepared: Prepared, accelerator: Any) -> None:
     for index in differing:
         tensor = named[index][1]
         copy = tensor.detach().to(accelerator.device, copy=True).contiguous()
-        sync.broadcast([copy])
+        collectives.broadcast([copy])
         tensor.detach().copy_(copy)
     if differing and accelerator.is_main_process:
         name, others = named[differing[0]][0], len(differing) - 1
@@ -108,10 +108,10 @@ def _refuse_other_tensors(named: list[tuple[str, Any]]) -> None:
         AdapterError: on all ranks, naming the first tensor.
     """
     made = [f"{name}: {tensor.dtype} {list(tensor.shape)}" for name, tensor in named]
-    sums = sync.all_gather_object(zlib.crc32("\n".join(made).encode()), _COMPARISON)
+    sums = collectives.all_gather_object(zlib.crc32("\n".join(made).encode()), _COMPARISON)
     if len(set(sums)) == 1:
         return
-    first, *others = map(set, sync.all_gather_object(made, _COMPARISON))
+    first, *others = map(set, collectives.all_gather_object(made, _COMPARISON))
     rank, found = next((rank, sorted(other ^ first)[0]) for rank, other in enumerate(others, 1) if other != first)
     name, _, kind = found.partition(": ")
     side = "rank 0" if found in first else f"rank {rank}"
@@ -134,7 +134,7 @@ def _differing(tensors: list[Any], device: Any) -> list[int]:
         [absent if tensor.is_meta else torch.cat([present, bits.fingerprint(tensor).to(device)]) for tensor in tensors]
     )
     low = high.clone()
-    with sync.collective(_COMPARISON):
+    with collectives.collective(_COMPARISON):
         dist.all_reduce(low, op=dist.ReduceOp.MIN)
         dist.all_reduce(high, op=dist.ReduceOp.MAX)
     differing = (low != high).any(dim=1) & (low[:, 0] > 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, message
 from trainer_fsdp_patch.planning.prepared import Prepared
 from trainer_fsdp_patch.saving import checkpoint
@@ -28,14 +28,14 @@ def take_up(prepared: Prepared, device: Any) -> None:
     for tensor in found.values():
         if tensor.device != device:
             tensor.data = tensor.data.to(device)
-    sync.broadcast(found.values())
+    collectives.broadcast(found.values())
     steps.take_up(prepared, found)
     model = prepared.model()
     checkpoint.note_keys(prepared, checkpoint.keys(model, checkpoint.live(model, prepared)))
 
 
 def _agree(items: dict[str, Any]) -> None:
-    found = sync.first_difference(items, "comparison of adapters that came later")
+    found = collectives.first_difference(items, "comparison of adapters that came later")
     if found is not None:
         name, rank, *_ = found
         raise AdapterError(

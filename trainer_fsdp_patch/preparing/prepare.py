@@ -6,7 +6,7 @@ import json
 import logging
 from typing import Any
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, PlanError, message
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning import budget, planning
@@ -69,7 +69,7 @@ def settle(accelerator: Any, prepared: Prepared) -> Prepared:
     Raises:
         AdapterError: the ranks do not hold the same adapter.
     """
-    with sync.told():
+    with collectives.told():
         return _settle(accelerator, prepared)
 
 
@@ -142,7 +142,7 @@ def agree(prepared: Prepared) -> None:
         items += [(f"peft_config[{adapter!r}].{key}", _plain(values[key])) for key in sorted({*values} - _LOCAL)]
     tensors = [item.tensor for item in (*prepared.plan.ignored, *prepared.plan.sharded)]
     items += [(tensor.name, (tensor.shape, tensor.dtype, tensor.role)) for tensor in tensors]
-    found = sync.first_difference(dict(items), "comparison of the adapter's make-up")
+    found = collectives.first_difference(dict(items), "comparison of the adapter's make-up")
     if found is not None:
         name, rank, here, there = found
         raise AdapterError(
@@ -185,15 +185,15 @@ def materialize(prepared: Prepared, device: Any) -> None:
         elif tensor.device != device:
             tensor.data = tensor.data.to(device)
         shared.append(tensor)
-    sync.broadcast(shared)
+    collectives.broadcast(shared)
     for slot in inventory.named_tensors(model) if prepared.sharded else ():
         if slot.name in prepared.sharded and not slot.tensor.is_meta:
             # One at a time: they are sharded because each rank has no room for all.
             full = slot.tensor.data.to(device)
-            sync.broadcast([full])
+            collectives.broadcast([full])
             slot.tensor.data.copy_(full)
     adapter = prepared.of_adapter()
-    sync.compare(list(adapter), list(adapter.values()), "after the broadcast")
+    collectives.compare(list(adapter), list(adapter.values()), "after the broadcast")
 
 
 def _give_room(tensor: Any, device: Any) -> None:

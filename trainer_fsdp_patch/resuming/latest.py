@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import warn
 from trainer_fsdp_patch.files import reading, verify
 
@@ -59,7 +59,7 @@ def last_checkpoint(upstream: Callable[..., Any], folder: Any) -> Any:
             break
         skipped.append(f"{item.name} ({lacks[0]})")
         chosen = None
-    chosen, skipped = sync.all_gather_object((chosen, skipped), "choice of a checkpoint")[0]
+    chosen, skipped = collectives.all_gather_object((chosen, skipped), "choice of a checkpoint")[0]
     if skipped:
         warn(
             str(folder),

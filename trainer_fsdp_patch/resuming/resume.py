@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, message
 from trainer_fsdp_patch.files import reading, verify
 from trainer_fsdp_patch.inspecting import inventory
@@ -196,7 +196,7 @@ def load(upstream: Callable[[], Any], trainer: Any, folder: Any) -> Any:
     where = Path(folder)
     # What other machines' disks lack is not theirs to read.
     lacks = verify.unfinished(where) if trainer.is_world_process_zero() else []
-    lacks = sync.all_gather_object(lacks, "load of a checkpoint")[0]
+    lacks = collectives.all_gather_object(lacks, "load of a checkpoint")[0]
     result = None
     with _loading(prepared, trainer.model) as state:
         if lacks:
@@ -250,13 +250,13 @@ def _loading(prepared: Prepared, model: Any) -> Iterator[LoadState]:
         own, state.failure = error, f"{type(error).__name__}: {error}"
     finally:
         _LOADING.reset(token)
-    failures = sync.all_gather_object(state.failure, "load of a checkpoint")
+    failures = collectives.all_gather_object(state.failure, "load of a checkpoint")
     if own is not None:
         raise own
     if any(failures):
         raise AdapterError(next(failure for failure in failures if failure))
     # until accelerate 1.9: a full FSDP2 checkpoint is read on rank 0 only
     adapter = prepared.of_adapter()
-    sync.broadcast(adapter.values())
-    sync.compare(list(adapter), list(adapter.values()), "after a checkpoint was loaded")
+    collectives.broadcast(adapter.values())
+    collectives.compare(list(adapter), list(adapter.values()), "after a checkpoint was loaded")
     gathering.scatter(model, prepared, state.read)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.files import verify
 from trainer_fsdp_patch.inspecting import inventory
@@ -97,7 +97,7 @@ def _everything(upstream: Callable[[], Any], accelerator: Any, model: Any, prepa
         return upstream()
     found = {}
     for name, value in model.state_dict().items():
-        with sync.collective("gathering of the model"):
+        with collectives.collective("gathering of the model"):
             whole = value.full_tensor() if isinstance(value, inventory.dtensor()) else value
         if accelerator.is_main_process:
             found[canonical(name)] = whole.detach().cpu() if hasattr(whole, "detach") else whole
@@ -111,7 +111,7 @@ def _adapter(accelerator: Any, model: Any, prepared: Prepared) -> dict[str, Any]
     which peft writes beside an adapter that targets or resizes them.
     """
     adapter = prepared.of_adapter()
-    sync.compare(list(adapter), list(adapter.values()), "before saving")
+    collectives.compare(list(adapter), list(adapter.values()), "before saving")
     gathered = gathering.full_tensors(model, prepared)
     refuse_dead(adapter | gathered)
     liveness.of(prepared).warn_unmoved()

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from trainer_fsdp_patch import sync, versions
+from trainer_fsdp_patch import collectives, versions
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
@@ -23,7 +23,7 @@ def full_tensors(model: Any, prepared: Prepared) -> dict[str, Any]:
     if prepared.sharded:
         with _summoned(model, writeback=False):
             for name, tensor in _named(model, prepared):
-                with sync.collective("gathering of the adapter"):
+                with collectives.collective("gathering of the adapter"):
                     gathered = tensor.full_tensor() if isinstance(tensor, inventory.dtensor()) else tensor
                 found[name] = gathered.detach().clone()
     return found
@@ -97,7 +97,7 @@ def scatter(model: Any, prepared: Prepared, values: dict[str, Any]) -> None:
     """
     import torch
 
-    wanted = sync.all_gather_object(sorted(values), "load of a checkpoint")[0] if prepared.sharded else []
+    wanted = collectives.all_gather_object(sorted(values), "load of a checkpoint")[0] if prepared.sharded else []
     if not wanted:
         return
     with torch.no_grad(), _summoned(model, writeback=True):
@@ -109,7 +109,7 @@ def scatter(model: Any, prepared: Prepared, values: dict[str, Any]) -> None:
             value = torch.empty(tensor.shape, dtype=tensor.dtype, device=local.device)
             if name in values:
                 value.copy_(values[name])
-            sync.broadcast([value])
+            collectives.broadcast([value])
             if sharded:
                 # Every rank has all of it now, so each takes its part without another collective.
                 local.copy_(part(tensor, value))

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
@@ -51,7 +51,7 @@ def answer(upstream: Callable[..., Any], arguments: dict[str, Any], *, to_file: 
         return call(unwrap(arguments["model"]).state_dict())
     if given is None:
         return _asked(call, arguments["model"], prepared)
-    if not given and not sync.is_main():
+    if not given and not collectives.is_main():
         # Only the main process has a full state dict, and some of peft's methods fail for want of a key.
         return {}
     found = given
@@ -59,7 +59,7 @@ def answer(upstream: Callable[..., Any], arguments: dict[str, Any], *, to_file: 
         found = {canonical(key): value for key, value in given.items()}
     parts = _parts(found, prepared)
     result = call(found)
-    if sync.is_main():
+    if collectives.is_main():
         _look_at(result, parts, given, to_file=to_file)
     return result
 
@@ -73,7 +73,7 @@ def _asked(call: Callable[[dict[str, Any]], Any], model: Any, prepared: Prepared
     asked = sorted(key for key, value in result.items() if isinstance(value, absent()))
     if not asked:
         return result
-    sync.meet(
+    collectives.meet(
         f"save of {asked[0]}",
         "it is sharded by FSDP, and not all ranks have asked for it",
         "Nothing was written: one rank alone would wait for the others for ever",

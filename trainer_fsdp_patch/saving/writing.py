@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer_fsdp_patch import bits, sync
+from trainer_fsdp_patch import bits, collectives
 from trainer_fsdp_patch.errors import AdapterError, message, warn
 from trainer_fsdp_patch.planning.prepared import any_prepared, prepared_by
 
@@ -55,7 +55,7 @@ def _refuse_empty(filename: Any) -> None:
         "The file of an earlier save is untouched",
         "Give accelerator.get_state_dict(model), which the main process alone has, or leave state_dict out",
     )
-    if sync.is_main():
+    if collectives.is_main():
         raise AdapterError(message(*said))
     warn(*said)
 
@@ -153,9 +153,9 @@ def _agree(failure: Exception | None, device: Any) -> None:
     """One all-reduce where nobody has failed."""
     said = "" if failure is None else str(failure) or type(failure).__name__
     try:
-        if not sync.any_rank(failure is not None, device, "save of the adapter"):
+        if not collectives.any_rank(failure is not None, device, "save of the adapter"):
             return
-        everyone = sync.all_gather_object(said, "save of the adapter")
+        everyone = collectives.all_gather_object(said, "save of the adapter")
     finally:
         if failure is not None:
             raise failure

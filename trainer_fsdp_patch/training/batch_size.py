@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import RankError, message
 from trainer_fsdp_patch.inspecting import footprint, inventory
 from trainer_fsdp_patch.planning.prepared import prepared_by, prepared_for
@@ -34,7 +34,7 @@ def attempt(upstream: Callable[[], Any], trainer: Any, batch_size: Any) -> Any:
     try:
         return upstream()
     except Exception as error:
-        if prepared_by(trainer) is None or sync.store() is None:
+        if prepared_by(trainer) is None or collectives.store() is None:
             raise
         if should_reduce_batch_size(error):
             _agree(batch_size, error)
@@ -50,19 +50,19 @@ def _agree(batch_size: Any, error: Exception) -> None:
 
     said = f"rank {dist.get_rank()} ran out of memory at a batch size of {batch_size}"
     # In this order: once all ranks are there, nobody is going to set the mark that rank 0 takes away.
-    sync.store().set(_MARK, said)
-    others = sync.missing(f"{_MARK}/together", PATIENCE)
+    collectives.store().set(_MARK, said)
+    others = collectives.missing(f"{_MARK}/together", PATIENCE)
     if others:
         raise _alone(said, others) from error
-    if sync.is_main():
-        sync.store().delete_key(_MARK)
+    if collectives.is_main():
+        collectives.store().delete_key(_MARK)
 
 
 def _look_for_others(error: RuntimeError) -> None:
     """Blame the rank that ran out of memory, where this one was waiting for it."""
     import torch.distributed as dist
 
-    store = sync.store()
+    store = collectives.store()
     try:
         found = store.get(_MARK).decode() if store.check([_MARK]) else ""
     except RuntimeError:

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_with
 from trainer_fsdp_patch.saving import gathering
@@ -42,7 +42,7 @@ def _full_tensors(layer: Any, prepared: Prepared) -> Iterator[None]:
     for module in layer.modules():
         for key, parameter in module._parameters.items():
             if isinstance(parameter, inventory.dtensor()):
-                with sync.collective("gathering of a layer"):
+                with collectives.collective("gathering of a layer"):
                     whole = parameter.full_tensor().detach()
                 held.append((module, key, parameter, torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)))
     for module, key, _, whole in held:

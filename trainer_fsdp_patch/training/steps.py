@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from trainer_fsdp_patch import sync
+from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, message
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical
@@ -80,7 +80,7 @@ def average_replicated(prepared: Prepared) -> None:
     """
     trained = _STEPS[prepared].trained
     trained.update(id(tensor) for tensor in prepared.tensors if tensor.requires_grad)
-    sync.average_gradients([tensor for tensor in prepared.tensors if id(tensor) in trained], prepared.groups)
+    collectives.average_gradients([tensor for tensor in prepared.tensors if id(tensor) in trained], prepared.groups)
     liveness.of(prepared).note_gradients()
 
 

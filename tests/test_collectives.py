@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trainer_fsdp_patch import bits, sync
+from trainer_fsdp_patch import bits, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome
@@ -34,13 +34,13 @@ def test_the_average_is_over_all_ranks_and_stays_put_when_averaged_again(ranks: 
         parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))]
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, rank + 1.0)
-        collectives = sync.average_gradients(parameters, [None])
+        made = collectives.average_gradients(parameters, [None])
         first = [parameter.grad.clone() for parameter in parameters]
-        sync.average_gradients(parameters, [None])
-        return collectives, first, [parameter.grad for parameter in parameters]
+        collectives.average_gradients(parameters, [None])
+        return made, first, [parameter.grad for parameter in parameters]
 
-    for collectives, first, second in on_ranks(work, ranks):
-        assert collectives == 2
+    for made, first, second in on_ranks(work, ranks):
+        assert made == 2
         for gradient, again in zip(first, second, strict=True):
             assert torch.equal(gradient, torch.full_like(gradient, (ranks + 1) / 2))
             assert torch.equal(gradient, again)
@@ -52,20 +52,20 @@ def test_a_gradient_that_some_ranks_lack_counts_as_zero_and_one_that_all_lack_st
         parameters[0].grad = torch.ones(2)
         if rank == 0:
             parameters[1].grad = torch.ones(2)
-        sync.average_gradients(parameters, [None])
+        collectives.average_gradients(parameters, [None])
         return [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
 
     assert on_ranks(work, 2) == [[[1.0, 1.0], [0.5, 0.5], None]] * 2
 
 
 def test_large_adapters_go_in_several_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sync, "BUCKET_BYTES", 40)
+    monkeypatch.setattr(collectives, "BUCKET_BYTES", 40)
 
     def work(rank: int) -> Any:
         parameters = [torch.nn.Parameter(torch.zeros(4)) for _ in range(5)]
         for index, parameter in enumerate(parameters):
             parameter.grad = torch.full_like(parameter, float(rank * index))
-        return sync.average_gradients(parameters, [None]), [parameter.grad[0].item() for parameter in parameters]
+        return collectives.average_gradients(parameters, [None]), [parameter.grad[0].item() for parameter in parameters]
 
     assert on_ranks(work, 2) == [(3, [0.0, 0.5, 1.0, 1.5, 2.0])] * 2
 
@@ -78,8 +78,8 @@ def test_broadcast_gives_rank_0s_bits_and_keeps_the_objects() -> None:
             torch.tensor([float("nan"), rank], dtype=torch.bfloat16),
         ]
         objects = [id(tensor) for tensor in tensors]
-        sync.broadcast(tensors)
-        sync.compare(["a", "b", "c"], tensors, "here")
+        collectives.broadcast(tensors)
+        collectives.compare(["a", "b", "c"], tensors, "here")
         assert [id(tensor) for tensor in tensors] == objects
         return tensors[1].tolist()
 
@@ -90,7 +90,7 @@ def test_a_difference_is_named_on_all_ranks() -> None:
     def work(rank: int) -> Any:
         swapped = torch.tensor([1.0, 2.0] if rank else [2.0, 1.0])
         try:
-            sync.compare(["same", "swapped"], [torch.ones(2), swapped], "before saving")
+            collectives.compare(["same", "swapped"], [torch.ones(2), swapped], "before saving")
         except AdapterError as error:
             return error.tensor, str(error)
         return None
@@ -116,7 +116,7 @@ def test_a_rank_that_has_ended_is_said_to_have() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         parameter = torch.nn.Parameter(torch.zeros(2))
         parameter.grad = torch.ones(2)
-        sync.average_gradients([parameter], [None])
+        collectives.average_gradients([parameter], [None])
         return Outcome()
 
     first, _ = forks.launch(child, ranks=2)
