@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.preparing import plugin
+from trainer_fsdp_patch.preparing import fsdp_plugin
 
 patch = Patch(__name__, versions="accelerate>=0.30.dev0", target="accelerate.utils.dataclasses")
 
@@ -18,5 +18,5 @@ def record_explicit_values(wrapped: Any, instance: Any, args: tuple[Any, ...], k
     """Look at the fields before defaults and environment fill them."""
     asked = dict(vars(instance))
     result = wrapped(*args, **kwargs)
-    plugin.remember_arguments(instance, asked)
+    fsdp_plugin.remember_arguments(instance, asked)
     return result

@@ -128,11 +128,11 @@ def test_use_orig_params_false_under_fsdp2_is_warned_of() -> None:
     from accelerate import FullyShardedDataParallelPlugin
 
     from trainer_fsdp_patch.errors import TrainerFsdpPatchWarning
-    from trainer_fsdp_patch.preparing import plugin
+    from trainer_fsdp_patch.preparing import fsdp_plugin
 
     made = FullyShardedDataParallelPlugin(fsdp_version=2, use_orig_params=False)
     with pytest.warns(TrainerFsdpPatchWarning, match="use_orig_params: False is asked for with FSDP2"):
-        plugin.warn_of_flag(made, {})
+        fsdp_plugin.warn_of_flag(made, {})
 
 
 @pytest.mark.parametrize("fsdp", [1, 2])

@@ -7,7 +7,7 @@ from faults import canary
 from torch.distributed.fsdp import MixedPrecision
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch.preparing import plugin as engine
+from trainer_fsdp_patch.preparing import fsdp_plugin as engine
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,7 @@ from typing import Any
 
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import unwrap
-from trainer_fsdp_patch.preparing import plugin as plugins
-from trainer_fsdp_patch.preparing import prepare
+from trainer_fsdp_patch.preparing import fsdp_plugin, prepare
 from trainer_fsdp_patch.training import optimizer_groups
 
 
@@ -28,7 +27,7 @@ def wrap_first(trainer: Any) -> None:
     if prepared is None or prepared.native:
         return
     plugin = accelerator.state.fsdp_plugin
-    if plugins.version_of(plugin) == 2:
+    if fsdp_plugin.version_of(plugin) == 2:
         trainer.create_optimizer()
         optimizer_groups.separate(trainer)
         trainer.model, trainer.optimizer = accelerator.prepare(trainer.model, trainer.optimizer)

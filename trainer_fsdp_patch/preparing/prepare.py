@@ -11,8 +11,7 @@ from trainer_fsdp_patch.errors import AdapterError, PlanError, message
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning import budget, planning
 from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_for
-from trainer_fsdp_patch.preparing import base_weights, later
-from trainer_fsdp_patch.preparing import plugin as plugins
+from trainer_fsdp_patch.preparing import base_weights, fsdp_plugin, later
 from trainer_fsdp_patch.saving import checkpoint
 from trainer_fsdp_patch.training import elementwise, optimizer_groups, steps
 
@@ -53,12 +52,12 @@ def prepare(trainer: Any, model: Any, *, training: bool = False) -> Prepared | N
         return settle(accelerator, Prepared(model, plan, [None], native=True))
     refuse_wrapped(model)
     plugin = accelerator.state.fsdp_plugin
-    plugins.warn_of_flag(plugin, trainer.args.fsdp_config or {})
-    explicit = plugins.explicit_policy(accelerator, plugin)
-    why = elementwise.why_not(trainer, plugins.version_of(plugin), budget.settings.adapter_placement)
-    plan = plugins.plan_for(model, accelerator, plugin, explicit, why)
+    fsdp_plugin.warn_of_flag(plugin, trainer.args.fsdp_config or {})
+    explicit = fsdp_plugin.explicit_policy(accelerator, plugin)
+    why = elementwise.why_not(trainer, fsdp_plugin.version_of(plugin), budget.settings.adapter_placement)
+    plan = fsdp_plugin.plan_for(model, accelerator, plugin, explicit, why)
     prepared = settle(accelerator, Prepared(model, plan, data_parallel_groups(accelerator)))
-    plugins.set_flags(prepared, plugin, explicit)
+    fsdp_plugin.set_flags(prepared, plugin, explicit)
     optimizer_groups.separate(trainer)
     return prepared
 
