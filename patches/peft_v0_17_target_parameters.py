@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.preparing import placing
+from trainer_fsdp_patch.preparing import layers
 
 patch = Patch(__name__, versions="peft>=0.17.dev0", target="peft.tuners.lora.layer")
 
@@ -17,5 +17,5 @@ patch = Patch(__name__, versions="peft>=0.17.dev0", target="peft.tuners.lora.lay
 @patch.wrap("ParamWrapper.forward", "self", "x", "args", "kwargs", only=gates.instance_inside)
 def adapt_a_sharded_parameter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Show the gathered tensor as a buffer during the forward: torch parametrizes parameters and buffers only."""
-    with placing.as_buffer(instance.get_base_layer(), instance.parameter_name):
+    with layers.as_buffer(instance.get_base_layer(), instance.parameter_name):
         return wrapped(*args, **kwargs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.preparing import placing
+from trainer_fsdp_patch.preparing import layers
 
 patch = Patch(
     __name__,
@@ -19,8 +19,8 @@ patch = Patch(
 
 
 @patch.wrap(
-    "_maybe_shard_state_dict_for_tp", "model", "state_dict", "adapter_name", only=placing.lacks_embedding_parallel
+    "_maybe_shard_state_dict_for_tp", "model", "state_dict", "adapter_name", only=layers.lacks_embedding_parallel
 )
 def only_with_a_plan(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Skip the upstream function where no layer is tensor parallel: it would have nothing to do."""
-    return placing.shard_for_tp(wrapped, *args, **kwargs)
+    return layers.shard_for_tp(wrapped, *args, **kwargs)

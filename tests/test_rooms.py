@@ -20,7 +20,7 @@ TAGS = {
     "inspecting/inventory.py": ["peft 0.15", "torch 2.5"],
     "planning/budget.py": ["accelerate 1.15", "torch 2.13"],
     "preparing/fsdp2.py": ["torch 2.7"],
-    "preparing/placing.py": ["peft 0.20"],
+    "preparing/layers.py": ["peft 0.20"],
     "preparing/plugin.py": ["accelerate 1.6", "accelerate 1.0", "accelerate 1.0"],
     "resuming/optimizer_state.py": ["accelerate 1.7"],
     "resuming/resume.py": ["accelerate 1.7", "accelerate 1.9"],
