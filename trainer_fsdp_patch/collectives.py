@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import bits
-from trainer_fsdp_patch.errors import AdapterError, RankError, message
+from trainer_fsdp_patch.errors import AdapterError, RankError
 
 if TYPE_CHECKING:
     import torch
@@ -49,12 +49,10 @@ def collective(what: str) -> Iterator[None]:
             raise
         found = _first_failure() or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RankError(
-            message(
-                what,
-                f"another rank has ended or does not answer ({found})",
-                "This rank stops too; what was saved before is untouched",
-                "See the log of the rank that ended first, and resume from the last checkpoint",
-            )
+            what,
+            f"another rank has ended or does not answer ({found})",
+            "This rank stops too; what was saved before is untouched",
+            "See the log of the rank that ended first, and resume from the last checkpoint",
         ) from error
 
 
@@ -113,7 +111,7 @@ def meet(subject: str, found: str, consequence: str, remedy: str) -> None:
         AdapterError: a rank has not come in `PATIENCE` seconds.
     """
     if missing(_MEETING, PATIENCE):
-        raise AdapterError(message(subject, f"{found} in {PATIENCE:g} s", consequence, remedy))
+        raise AdapterError(subject, f"{found} in {PATIENCE:g} s", consequence, remedy)
 
 
 def missing(place: str, patience: float) -> list[int]:
@@ -234,13 +232,10 @@ def compare(names: Sequence[str], tensors: Sequence[torch.Tensor], when: str) ->
     if differing:
         name = names[differing[0]]
         raise AdapterError(
-            message(
-                name,
-                f"its bits differ between ranks {when}, as do those of {len(differing) - 1} more "
-                f"of {len(names)} tensors",
-                "Each rank trains an adapter of its own and one of them would be saved",
-                "Step the optimizer on all ranks alike and call backward through the Trainer or Accelerator",
-            ),
+            name,
+            f"its bits differ between ranks {when}, as do those of {len(differing) - 1} more of {len(names)} tensors",
+            "Each rank trains an adapter of its own and one of them would be saved",
+            "Step the optimizer on all ranks alike and call backward through the Trainer or Accelerator",
             tensor=name,
         )
 

@@ -6,7 +6,17 @@ import warnings
 
 
 class TrainerFsdpPatchError(RuntimeError):
-    """Base of every error raised by this package."""
+    """Base of every error raised by this package; it makes its own text.
+
+    Args:
+        subject: which patch, setting or tensor; or the whole text, where nothing else is given.
+        found: what was found.
+        consequence: what follows.
+        remedy: what to do.
+    """
+
+    def __init__(self, subject: str, found: str = "", consequence: str = "", remedy: str = "") -> None:
+        super().__init__(message(subject, found, consequence, remedy) if found else subject)
 
 
 class PatchError(TrainerFsdpPatchError):
@@ -17,8 +27,8 @@ class PatchError(TrainerFsdpPatchError):
         found: what was found in its place.
     """
 
-    def __init__(self, text: str, *, patch: str = "", found: str = "") -> None:
-        super().__init__(text)
+    def __init__(self, *text: str, patch: str = "", found: str = "") -> None:
+        super().__init__(*text)
         self.patch = patch
         self.found = found
 
@@ -30,8 +40,8 @@ class PlanError(TrainerFsdpPatchError, ValueError):
         setting: name of the setting, argument or tensor that contradicts.
     """
 
-    def __init__(self, text: str, *, setting: str = "") -> None:
-        super().__init__(text)
+    def __init__(self, *text: str, setting: str = "") -> None:
+        super().__init__(*text)
         self.setting = setting
 
 
@@ -42,8 +52,8 @@ class AdapterError(TrainerFsdpPatchError):
         tensor: canonical name of the first tensor at fault, or "".
     """
 
-    def __init__(self, text: str, *, tensor: str = "") -> None:
-        super().__init__(text)
+    def __init__(self, *text: str, tensor: str = "") -> None:
+        super().__init__(*text)
         self.tensor = tensor
 
 

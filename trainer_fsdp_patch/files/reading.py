@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.names import canonical, file_key
 
 SAFE, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
@@ -150,12 +150,10 @@ def unreadable(path: Path, error: BaseException) -> AdapterError:
     """Error that says what is wrong with a file."""
     found = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return AdapterError(
-        message(
-            str(path),
-            f"cannot be read: {found}",
-            "Nothing was loaded from it",
-            "Take the file of another save; `python -m trainer_fsdp_patch verify` tells which are whole",
-        )
+        str(path),
+        f"cannot be read: {found}",
+        "Nothing was loaded from it",
+        "Take the file of another save; `python -m trainer_fsdp_patch verify` tells which are whole",
     )
 
 

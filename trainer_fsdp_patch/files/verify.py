@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.files import reading
 from trainer_fsdp_patch.names import canonical, file_key
 
@@ -60,7 +60,7 @@ def verify_path(where: Path) -> list[Finding]:
     if not folders and not checkpoint and not runs:
         found = "no adapter and no checkpoint in it" if where.is_dir() else "does not exist"
         remedy = "Give an adapter file, the folder of one, or a checkpoint of a Trainer"
-        raise AdapterError(message(str(where), found, "There is nothing to verify", remedy))
+        raise AdapterError(str(where), found, "There is nothing to verify", remedy)
     findings = [item for folder in folders for item in _folder(folder)]
     findings += [item for run in runs for item in verify_path(run)]
     return findings + (list(_checkpoint(where, adapter=bool(folders))) if checkpoint else [])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.errors import PlanError, message
+from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, QUANTIZED, TensorInfo
 
 PLACEMENTS = ("auto", "replicate", "shard")
@@ -60,7 +60,7 @@ def check_settings(adapter_placement: str, adapter_budget: int | None) -> None:
 
 
 def _refuse(setting: str, found: Any, remedy: str) -> None:
-    raise PlanError(message(setting, repr(found), "No plan was made", remedy), setting=setting)
+    raise PlanError(setting, repr(found), "No plan was made", remedy, setting=setting)
 
 
 def cost(tensor: TensorInfo) -> int:

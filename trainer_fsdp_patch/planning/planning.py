@@ -155,12 +155,10 @@ def make_plan(
     placements = tuple(_decide(tensor, users, odd | large, fsdp_version) for tensor in tensors)
     if not any(item.placement == SHARD for item in placements):
         raise PlanError(
-            message(
-                "ignored_modules" if users else "fsdp",
-                "no parameter of the model is left to shard",
-                "FSDP has nothing to do",
-                "Ignore fewer modules, or train without FSDP",
-            ),
+            "ignored_modules" if users else "fsdp",
+            "no parameter of the model is left to shard",
+            "FSDP has nothing to do",
+            "Ignore fewer modules, or train without FSDP",
             setting="ignored_modules" if users else "fsdp",
         )
     compute, reasons = _param_dtype(placements, amp, param_dtype)
@@ -265,12 +263,10 @@ def modules_only(ignored: Iterable[Any]) -> list[Any]:
 
 def _refuse_ignored(found: str) -> NoReturn:
     raise PlanError(
-        message(
-            "ignored_modules",
-            found,
-            "FSDP would shard what was to be ignored",
-            "Give modules of the model after the adapter was added, or an expression of their full names",
-        ),
+        "ignored_modules",
+        found,
+        "FSDP would shard what was to be ignored",
+        "Give modules of the model after the adapter was added, or an expression of their full names",
         setting="ignored_modules",
     )
 
@@ -336,12 +332,10 @@ def _param_dtype(
         return wanted, ()
     if len(stored) > 1 or asked is not None:
         raise PlanError(
-            message(
-                "mixed_precision_policy.param_dtype" if asked else "bnb_4bit_quant_storage",
-                f"{wanted} is asked for while {packed[0].name} packs its weights into {' and '.join(stored)}",
-                "The cast would change the packed bytes",
-                f"Use {stored[0]} for both",
-            ),
+            "mixed_precision_policy.param_dtype" if asked else "bnb_4bit_quant_storage",
+            f"{wanted} is asked for while {packed[0].name} packs its weights into {' and '.join(stored)}",
+            "The cast would change the packed bytes",
+            f"Use {stored[0]} for both",
             setting="mixed_precision_policy" if asked else "bnb_4bit_quant_storage",
         )
     reason = f"param_dtype is {stored[0]}, not {wanted}: {packed[0].name} packs its weights into {stored[0]}"

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from trainer_fsdp_patch.errors import PlanError, message, warn
+from trainer_fsdp_patch.errors import PlanError, warn
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning import planning, units
 from trainer_fsdp_patch.planning.prepared import Prepared
@@ -141,12 +141,10 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any, unsharded: 
         rounds = buffers is not None and "float" in stored and stored != str(buffers).removeprefix("torch.")
         if rounds and item.tensor.kind == "buffer":
             raise PlanError(
-                message(
-                    "mixed_precision_policy.buffer_dtype",
-                    f"{buffers} would be forced on {item.tensor.name}, which is {stored}",
-                    "The projection would be rounded, and saved rounded",
-                    "Leave buffer_dtype None",
-                ),
+                "mixed_precision_policy.buffer_dtype",
+                f"{buffers} would be forced on {item.tensor.name}, which is {stored}",
+                "The projection would be rounded, and saved rounded",
+                "Leave buffer_dtype None",
                 setting="mixed_precision_policy",
             )
     return plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer_fsdp_patch import collectives
-from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.planning.prepared import Prepared
 from trainer_fsdp_patch.saving import checkpoint
 from trainer_fsdp_patch.training import steps
@@ -39,11 +39,9 @@ def _agree(items: dict[str, Any]) -> None:
     if found is not None:
         name, rank, *_ = found
         raise AdapterError(
-            message(
-                name,
-                f"part of an adapter that came after the model was prepared, not alike on rank 0 and rank {rank}",
-                "One adapter cannot be trained from different ones",
-                "Add the same adapter on every rank",
-            ),
+            name,
+            f"part of an adapter that came after the model was prepared, not alike on rank 0 and rank {rank}",
+            "One adapter cannot be trained from different ones",
+            "Add the same adapter on every rank",
             tensor=name,
         )

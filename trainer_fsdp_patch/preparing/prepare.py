@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from trainer_fsdp_patch import collectives
-from trainer_fsdp_patch.errors import AdapterError, PlanError, message
+from trainer_fsdp_patch.errors import AdapterError, PlanError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning import budget, planning
 from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_for
@@ -96,12 +96,10 @@ def refuse_wrapped(model: Any) -> None:
     version = inventory.fsdp_version(model)
     if version:
         raise PlanError(
-            message(
-                type(model).__name__,
-                f"already wrapped by FSDP{version} when the Trainer prepares it",
-                "Its adapter is inside the units and cannot be taken out",
-                "Give the Trainer the bare model and call trainer_fsdp_patch.patch() before training starts",
-            ),
+            type(model).__name__,
+            f"already wrapped by FSDP{version} when the Trainer prepares it",
+            "Its adapter is inside the units and cannot be taken out",
+            "Give the Trainer the bare model and call trainer_fsdp_patch.patch() before training starts",
             setting="model",
         )
 
@@ -118,12 +116,10 @@ def data_parallel_groups(accelerator: Any) -> list[Any]:
         return [None]
     if getattr(parallelism, "tp_enabled", False):
         raise PlanError(
-            message(
-                "parallelism_config.tp_size",
-                f"{parallelism.tp_size} beside FSDP",
-                "A replicated adapter next to tensor-parallel layers is not supported",
-                "Use tp_size=1, or switch the patches off",
-            ),
+            "parallelism_config.tp_size",
+            f"{parallelism.tp_size} beside FSDP",
+            "A replicated adapter next to tensor-parallel layers is not supported",
+            "Use tp_size=1, or switch the patches off",
             setting="parallelism_config",
         )
     return [mesh[name].get_group() for name in parallelism.fsdp_dim_names]
@@ -145,12 +141,10 @@ def agree(prepared: Prepared) -> None:
     if found is not None:
         name, rank, here, there = found
         raise AdapterError(
-            message(
-                name,
-                f"{here} on rank 0 and {there} on rank {rank}",
-                "One adapter cannot be trained from different ones",
-                "Give every rank the same adapter configuration",
-            ),
+            name,
+            f"{here} on rank 0 and {there} on rank {rank}",
+            "One adapter cannot be trained from different ones",
+            "Give every rank the same adapter configuration",
             tensor=name,
         )
 

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from trainer_fsdp_patch import collectives
-from trainer_fsdp_patch.errors import AdapterError, message, warn
+from trainer_fsdp_patch.errors import AdapterError, warn
 from trainer_fsdp_patch.files import verify
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical, unwrap
@@ -174,7 +174,7 @@ def refuse_dead(adapter: dict[str, Any]) -> None:
 
     if not adapter:
         raise AdapterError(
-            message("adapter", "it has no tensor", "Nothing was written", "Check that the adapter is still attached")
+            "adapter", "it has no tensor", "Nothing was written", "Check that the adapter is still attached"
         )
     floats = {name: tensor.detach() for name, tensor in adapter.items() if tensor.is_floating_point()}
     # A sum is finite only if all values are, unless it overflows: then the values are looked at.
@@ -184,12 +184,10 @@ def refuse_dead(adapter: dict[str, Any]) -> None:
     for name, tensor in floats.items():
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(
-                message(
-                    name,
-                    f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are not finite",
-                    "Nothing was written, and the file of an earlier save is untouched",
-                    "Go back to the last good checkpoint and lower the learning rate or clip gradients",
-                ),
+                name,
+                f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are not finite",
+                "Nothing was written, and the file of an earlier save is untouched",
+                "Go back to the last good checkpoint and lower the learning rate or clip gradients",
                 tensor=name,
             )
 
@@ -295,13 +293,11 @@ def prove(model: Any, found: dict[str, Any], prepared: Prepared) -> None:
         differing = sorted(set(entry) ^ expected(prepared)[adapter])
         if differing:
             raise AdapterError(
-                message(
-                    differing[0],
-                    f"{'not expected' if differing[0] in entry else 'missing'} in the file of adapter {adapter!r}, "
-                    f"as {len(differing) - 1} more keys",
-                    "Nothing was written, and the file of an earlier save is untouched",
-                    "Report this with the versions that `python -m trainer_fsdp_patch status` prints",
-                ),
+                differing[0],
+                f"{'not expected' if differing[0] in entry else 'missing'} in the file of adapter {adapter!r}, "
+                f"as {len(differing) - 1} more keys",
+                "Nothing was written, and the file of an earlier save is untouched",
+                "Report this with the versions that `python -m trainer_fsdp_patch status` prints",
                 tensor=differing[0],
             )
 

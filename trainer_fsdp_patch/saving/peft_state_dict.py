@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import collectives
-from trainer_fsdp_patch.errors import AdapterError, message, warn
+from trainer_fsdp_patch.errors import AdapterError, warn
 from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 from trainer_fsdp_patch.saving import checkpoint, gathering, naming
@@ -146,5 +146,5 @@ def _look_at(result: dict[str, Any], parts: list[str], given: dict[str, Any], *,
     else:
         return
     if to_file:
-        raise AdapterError(message(*said), tensor=parts[0] if parts else "")
+        raise AdapterError(*said, tensor=parts[0] if parts else "")
     warn(*said)

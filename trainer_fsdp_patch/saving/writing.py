@@ -56,7 +56,7 @@ def _refuse_empty(filename: Any) -> None:
         "Give accelerator.get_state_dict(model), which the main process alone has, or leave state_dict out",
     )
     if collectives.is_main():
-        raise AdapterError(message(*said))
+        raise AdapterError(*said)
     warn(*said)
 
 
@@ -116,12 +116,10 @@ def equal(path: Path, values: dict[str, Any]) -> None:
 def _lost(target: Path, error: Exception) -> AdapterError:
     found = (str(error).strip() or type(error).__name__).splitlines()[0]
     return AdapterError(
-        message(
-            str(target),
-            f"could not be written: {found}",
-            "The file of an earlier save is untouched",
-            "Free space or choose an output_dir that can be written to, and resume from the last checkpoint",
-        )
+        str(target),
+        f"could not be written: {found}",
+        "The file of an earlier save is untouched",
+        "Free space or choose an output_dir that can be written to, and resume from the last checkpoint",
     )
 
 
@@ -163,4 +161,4 @@ def _agree(failure: Exception | None, device: Any) -> None:
     if failed:
         rank, text = failed[0]
         consequence, remedy = "This rank stops with it", "See the log of that rank"
-        raise AdapterError(message(f"save on rank {rank}", text.rstrip("."), consequence, remedy))
+        raise AdapterError(f"save on rank {rank}", text.rstrip("."), consequence, remedy)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer_fsdp_patch import collectives
-from trainer_fsdp_patch.errors import RankError, message
+from trainer_fsdp_patch.errors import RankError
 from trainer_fsdp_patch.inspecting import footprint, inventory
 from trainer_fsdp_patch.planning.prepared import prepared_by, prepared_for
 from trainer_fsdp_patch.training import steps
@@ -74,12 +74,10 @@ def _look_for_others(error: RuntimeError) -> None:
 
 def _alone(found: str, others: list[int]) -> RankError:
     return RankError(
-        message(
-            "auto_find_batch_size",
-            f"{found} per device, and rank {', '.join(map(str, others))} did not",
-            "Those that did not are inside a step that needs all ranks, so that no smaller batch can be tried",
-            "Start again with a smaller per_device_train_batch_size, or give all ranks rows of one length",
-        )
+        "auto_find_batch_size",
+        f"{found} per device, and rank {', '.join(map(str, others))} did not",
+        "Those that did not are inside a step that needs all ranks, so that no smaller batch can be tried",
+        "Start again with a smaller per_device_train_batch_size, or give all ranks rows of one length",
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.errors import AdapterError
 
 _TORCH = {"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
 _NAMES = {"adagrad", "adamw_anyprecision", "adamw_apex_fused", "adamw_hf", "rmsprop", "sgd"}
@@ -56,7 +56,7 @@ def refuse(optimizer: Any, name: str, fsdp_version: int) -> None:
     if not _is_known(optimizer) or _is_elementwise(optimizer, fsdp_version):
         return
     found = f"it is sharded, and {type(optimizer).__name__} steps shards otherwise than full tensors"
-    raise AdapterError(message(name, found, "The adapter would not be the one that one process trains", REMEDY))
+    raise AdapterError(name, found, "The adapter would not be the one that one process trains", REMEDY)
 
 
 def _is_known(optimizer: Any) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer_fsdp_patch import collectives
-from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning.prepared import Prepared, held_by, prepared_for
@@ -127,12 +127,10 @@ def _refuse_unknown(prepared: Prepared, stepped: list[Any]) -> None:
         owned = isinstance(parameter, inventory.dtensor()) or prepared.is_sharded(name)
         if id(parameter) in others and not owned:
             raise AdapterError(
-                message(
-                    canonical(name),
-                    "became trainable after the model was prepared for FSDP, and the optimizer steps it",
-                    "No rank averages its gradient: each would train one of its own",
-                    "Add adapters before Trainer.train() is called, or start a new Trainer",
-                ),
+                canonical(name),
+                "became trainable after the model was prepared for FSDP, and the optimizer steps it",
+                "No rank averages its gradient: each would train one of its own",
+                "Add adapters before Trainer.train() is called, or start a new Trainer",
                 tensor=canonical(name),
             )
 
