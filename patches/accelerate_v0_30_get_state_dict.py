@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.patching.wrapping import argument
 from trainer_fsdp_patch.saving import checkpoint
 
 patch = Patch(__name__, versions="accelerate>=0.30.dev0", target="accelerate.accelerator")
@@ -18,5 +19,5 @@ patch = Patch(__name__, versions="accelerate>=0.30.dev0", target="accelerate.acc
 @patch.wrap("Accelerator.get_state_dict", "self", "model", "unwrap", only=gates.saved_model)
 def state_dict_of_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Ask upstream but inside our own save of an adapter, and for 8-bit layers, on which it fails."""
-    model = args[0] if args else kwargs["model"]
+    model = argument(args, kwargs, 0, "model")
     return checkpoint.state_dict(functools.partial(wrapped, *args, **kwargs), instance, model)

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.patching.wrapping import argument
 from trainer_fsdp_patch.preparing import fsdp2
 
 patch = Patch(__name__, versions="accelerate>=1.13.dev0", target="accelerate.accelerator", vital=True)
@@ -17,5 +18,5 @@ patch = Patch(__name__, versions="accelerate>=1.13.dev0", target="accelerate.acc
 @patch.wrap("fsdp2_prepare_model", "accelerator", "model", only=gates.model())
 def shard_the_base_only(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hide what the plan replicates while accelerate shards, and put the same objects back."""
-    with fsdp2.hide_ignored(args[1] if len(args) > 1 else kwargs["model"]):
+    with fsdp2.hide_ignored(argument(args, kwargs, 1, "model")):
         return wrapped(*args, **kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.patching.wrapping import argument
 from trainer_fsdp_patch.preparing import fsdp2
 
 patch = Patch(__name__, versions="accelerate>=1.6.dev0,<1.13.dev0", target="accelerate.accelerator", vital=True)
@@ -17,6 +18,6 @@ patch = Patch(__name__, versions="accelerate>=1.6.dev0,<1.13.dev0", target="acce
 @patch.wrap("fsdp2_prepare_model", "accelerator", "model", only=gates.model())
 def shard_the_base_only(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hide what the plan replicates while accelerate shards, and keep it from casting what is frozen."""
-    model = args[1] if len(args) > 1 else kwargs["model"]
+    model = argument(args, kwargs, 1, "model")
     with fsdp2.hide_ignored(model), fsdp2.keep_dtype(model):
         return wrapped(*args, **kwargs)

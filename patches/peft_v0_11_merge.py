@@ -11,6 +11,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.patching.wrapping import argument
 from trainer_fsdp_patch.training import merging
 
 patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft.tuners.tuners_utils")
@@ -20,5 +21,5 @@ patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft.tuners.tuners_u
 @contextlib.contextmanager
 def gather_the_layer(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """A layer is merged inside of this, and its weights are a shard that the replicated adapter does not fit."""
-    with wrapped(*args, **kwargs), merging.gathered(args[0] if args else kwargs["layer"]):
+    with wrapped(*args, **kwargs), merging.gathered(argument(args, kwargs, 0, "layer")):
         yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.patching.wrapping import argument
 from trainer_fsdp_patch.preparing import layers
 
 patch = Patch(
@@ -21,5 +22,5 @@ patch = Patch(
 @patch.wrap("Linear.forward", "self", "x", "args", "kwargs", only=layers.is_apart)
 def projections_beside_the_input(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Show the layer moved copies of its projections for the time of the call."""
-    with layers.beside(instance, args[0] if args else kwargs["x"]):
+    with layers.beside(instance, argument(args, kwargs, 0, "x")):
         return wrapped(*args, **kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.patching.wrapping import argument
 from trainer_fsdp_patch.preparing import layers
 
 patch = Patch(__name__, versions="peft>=0.20.dev0", target="peft.utils.quantization_utils")
@@ -17,5 +18,5 @@ patch = Patch(__name__, versions="peft>=0.20.dev0", target="peft.utils.quantizat
 @patch.wrap("Bnb4bitBackend.get_base_weight", "self", "base_layer", only=gates.part("base_layer"))
 def unpack_a_sharded_weight(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """FSDP1's views of a unit lack the attributes of the parameters that they stand for."""
-    with layers.packed(args[0] if args else kwargs["base_layer"]):
+    with layers.packed(argument(args, kwargs, 0, "base_layer")):
         return wrapped(*args, **kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.patching.wrapping import argument
 from trainer_fsdp_patch.saving import checkpoint
 
 patch = Patch(
@@ -27,5 +28,5 @@ patch = Patch(
 )  # fmt: skip
 def save_what_was_gathered(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The upstream function asks the model again on rank 0, where FSDP1 waits for the other ranks for ever."""
-    with checkpoint.gathered(instance, args[2] if len(args) > 2 else kwargs.get("state_dict")):
+    with checkpoint.gathered(instance, argument(args, kwargs, 2, "state_dict")):
         return wrapped(*args, **kwargs)

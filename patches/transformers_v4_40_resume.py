@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.patching.wrapping import argument
 from trainer_fsdp_patch.resuming import optimizer_state, resume
 
 patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers.trainer")
@@ -17,7 +18,7 @@ patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers
 @patch.wrap("Trainer._load_from_checkpoint", "self", "resume_from_checkpoint", "model", only=gates.trainer)
 def load_on_every_rank(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Load as always; accelerate reads some checkpoints on rank 0 only, and transformers no adapter file."""
-    folder = args[0] if args else kwargs["resume_from_checkpoint"]
+    folder = argument(args, kwargs, 0, "resume_from_checkpoint")
     return resume.load(lambda: wrapped(*args, **kwargs), instance, folder)
 
 
@@ -30,5 +31,5 @@ def load_best_on_every_rank(wrapped: Any, instance: Any, args: tuple[Any, ...], 
 @patch.wrap("Trainer._load_optimizer_and_scheduler", "self", "checkpoint", only=gates.trainer)
 def load_into_a_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make what is read into: a fresh optimizer has no entries, so nothing would be read."""
-    with optimizer_state.initialized_optimizer(instance, args[0] if args else kwargs["checkpoint"]):
+    with optimizer_state.initialized_optimizer(instance, argument(args, kwargs, 0, "checkpoint")):
         return wrapped(*args, **kwargs)

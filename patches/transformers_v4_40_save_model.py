@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.patching.wrapping import argument
 from trainer_fsdp_patch.preparing import native
 from trainer_fsdp_patch.saving import checkpoint, writing
 
@@ -19,5 +20,5 @@ patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers
 def write_the_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Write first: the upstream function writes nothing then, and may push the folder. All ranks fail together."""
     with writing.together(instance), checkpoint.saving(instance), native.gathered(instance):
-        checkpoint.save_sharded(instance, args[0] if args else kwargs.get("output_dir"))
+        checkpoint.save_sharded(instance, argument(args, kwargs, 0, "output_dir"))
         return wrapped(*args, **kwargs)

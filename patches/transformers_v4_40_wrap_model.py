@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.patching.wrapping import argument
 from trainer_fsdp_patch.preparing import prepare
 
 patch = Patch(
@@ -40,6 +41,6 @@ patch = Patch(
 def plan_before_wrapping(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Prepare the model first: accelerate reads the plugin that this settles."""
     if patch.stands():
-        training = args[1] if len(args) > 1 else kwargs.get("training", True)
-        prepare.prepare(instance, args[0] if args else kwargs["model"], training=training)
+        training = argument(args, kwargs, 1, "training", True)
+        prepare.prepare(instance, argument(args, kwargs, 0, "model"), training=training)
     return wrapped(*args, **kwargs)

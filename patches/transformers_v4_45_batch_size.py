@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.patching.wrapping import argument
 from trainer_fsdp_patch.training import batch_size
 
 patch = Patch(__name__, versions="transformers>=4.45.dev0", target="transformers.trainer")
@@ -21,5 +22,5 @@ patch = Patch(__name__, versions="transformers>=4.45.dev0", target="transformers
 )  # fmt: skip
 def try_again_whole(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """After a try that ran out of memory, bring FSDP to where a step begins; on all ranks, or on none."""
-    size = args[0] if args else kwargs.get("batch_size")
+    size = argument(args, kwargs, 0, "batch_size")
     return batch_size.attempt(lambda: wrapped(*args, **kwargs), instance, size)

@@ -77,6 +77,19 @@ class PatchWrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
         return self
 
 
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, default: Any = None) -> Any:
+    """An argument of a wrapped call, however it was passed.
+
+    Args:
+        args: of the call, without the instance.
+        kwargs: of the call.
+        place: of the parameter among them.
+        name: of the parameter.
+        default: where it was left out.
+    """
+    return args[place] if len(args) > place else kwargs.get(name, default)
+
+
 def _never() -> bool:
     return False
 
