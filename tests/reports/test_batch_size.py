@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Scene, bits, failure, train
+from checkpoints import Scene, failure, stored_bits, train
 from faults import FLAVOURS, runs_out, where
 from matrix import METHODS, Bench, Setup
 
@@ -60,7 +60,7 @@ def test_a_sharded_head(bench: Bench, fsdp: int) -> None:
     outcomes = scene.run(action, setup, patched=True, configure=head)
     assert scene.right(outcomes, scene.one(action, setup, head), setup) == ""
     folder = Path(outcomes[0].folder)
-    assert bits(folder / f"checkpoint-{trial.STEPS}") == bits(folder)
+    assert stored_bits(folder / f"checkpoint-{trial.STEPS}") == stored_bits(folder)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
