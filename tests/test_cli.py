@@ -27,7 +27,7 @@ from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.testing import check
 check.SETUPS = check.SETUPS[3:4]
 collectives.average_gradients = lambda *args: 0
-print(check.check())
+print(check.run())
 """
     printed = python(code)
     assert printed.endswith("\n1")
@@ -39,7 +39,7 @@ def test_check_on_a_number_of_ranks_that_does_not_divide_its_batch(python: Calla
 from trainer_fsdp_patch.testing import check
 check.SETUPS = check.SETUPS[:1] + check.SETUPS[-1:]
 check.ranks = lambda: 3
-print(check.check())
+print(check.run())
 """
     printed = python(code)
     assert "VeRA on 3 ranks" in printed
