@@ -65,7 +65,7 @@ def train(session: nox.Session, name: str) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     result = RESULTS / f"{name}.json"
     result.unlink(missing_ok=True)
-    session.run("python", "tests/stacks.py", "--json", str(result), *session.posargs)
+    session.run("python", "tests/programs/stacks.py", "--json", str(result), *session.posargs)
 
 
 @nox.session
@@ -82,7 +82,7 @@ def table(session: nox.Session) -> None:
     session.install("rich")
     results = [RESULTS / f"{name}.json" for name in (*NAMES, *(f"torch-{torch}" for torch, _ in OTHER_TORCHES))]
     found = [str(result) for result in results if result.exists()]
-    session.run("python", "tests/stacks.py", *session.posargs, "--table", *found)
+    session.run("python", "tests/programs/stacks.py", *session.posargs, "--table", *found)
 
 
 @nox.session
@@ -99,7 +99,7 @@ def patches(session: nox.Session, stack: tuple[str, str, str]) -> None:
 def ci(session: nox.Session, stack: tuple[str, str, str]) -> None:
     """What CI runs on each stack beside the newest: patched training, and the patches' own tests."""
     install(session, stack)
-    session.run("python", "tests/stacks.py", "--no-stock")
+    session.run("python", "tests/programs/stacks.py", "--no-stock")
     session.run("python", "-m", "pytest", "-o", "filterwarnings=default", "-q", "tests/patches", "tests/test_seams.py")
 
 
@@ -111,7 +111,7 @@ def upcoming(session: nox.Session) -> None:
     session.install("--pre", "--upgrade", *(session.posargs or ("transformers", "accelerate", "peft")), *extra)
     either = [0, 1]
     session.run("python", "-m", "trainer_fsdp_patch", "seams", success_codes=either)
-    session.run("python", "tests/stacks.py", "--no-stock", success_codes=either)
+    session.run("python", "tests/programs/stacks.py", "--no-stock", success_codes=either)
     command = ["python", "-m", "pytest", "-o", "filterwarnings=default", "-q", "tests/patches"]
     session.run(*command, success_codes=either)
 

@@ -18,13 +18,13 @@ from trainer_fsdp_patch.patching import registry
 
 if TYPE_CHECKING:
     from cases import Ways
-    from matrix import Bench
+    from cells import Bench
 
 os.environ["OMP_NUM_THREADS"] = "1"
 with warnings.catch_warnings():
     # Quantizers warn of each other's torch as they are imported, once.
     warnings.simplefilter("ignore")
-    import matrix  # noqa: F401
+    import cells  # noqa: F401
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -54,7 +54,7 @@ def _unpatched() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """The matrix's bench: forks ranks, and trains each one-process reference once for the session."""
-    from matrix import Bench
+    from cells import Bench
 
     return Bench(tmp_path_factory.mktemp("bench"))
 

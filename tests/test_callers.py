@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from cells import METHODS, Bench, Setup, trial
 from faults import FLAVOURS, packed
-from matrix import METHODS, Bench, Setup, trial
 from safetensors.torch import load_file
 
 from trainer_fsdp_patch.names import canonical

@@ -1,4 +1,4 @@
-"""Every scenario of tests/checkpoints.py, patched: nothing is lost. tests/data/checkpoints.json has both sides."""
+"""Every scenario of `checkpoints`, patched: nothing is lost. tests/data/checkpoints.json has both sides."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import checkpoints
 import pytest
-from matrix import Bench, Setup
+from cells import Bench, Setup
 
 SCENARIOS = list(checkpoints.scenarios())
 BY_PATCHES = {checkpoints.config_cut, checkpoints.evaluated, checkpoints.generated, checkpoints.model_only}

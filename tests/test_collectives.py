@@ -6,7 +6,7 @@ import os
 import signal
 from typing import Any
 
-import matrix  # noqa: F401
+import cells  # noqa: F401
 import pytest
 import torch
 import torch.distributed as dist

@@ -9,8 +9,8 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
+from cells import METHODS, Bench, Setup, trial
 from faults import FLAVOURS, packed, where
-from matrix import METHODS, Bench, Setup, trial
 
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.names import canonical

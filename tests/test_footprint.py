@@ -10,8 +10,8 @@ from typing import Any
 import architectures
 import footprints
 import pytest
+from cells import METHODS, Bench, Setup
 from faults import FLAVOURS, fsdp2
-from matrix import METHODS, Bench, Setup
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.inspecting import footprint

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from cells import METHODS, Bench, Setup, reference_of, trial
 from faults import FLAVOURS
-from matrix import METHODS, Bench, Setup, reference_of, trial
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.testing import forks

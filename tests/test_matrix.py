@@ -1,6 +1,6 @@
 """A sample of the matrix in which every method and every set-up appears, stock and patched.
 
-The whole of it is `python tests/matrix.py`; what that last printed is tests/data/matrix.json.
+The whole of it is `python tests/matrix/cells.py`; what that last printed is tests/data/matrix.json.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import matrix
+import cells
 import pytest
-from matrix import METHODS, SIDES, Bench, setups, state
+from cells import METHODS, SIDES, Bench, setups, state
 
 ROWS = json.loads((Path(__file__).parent / "data" / "matrix.json").read_text())
 SETUPS = {setup.name: setup for setup in setups()}
@@ -32,7 +32,7 @@ def sample() -> list[dict[str, str]]:
 
 
 def test_the_record_covers_the_whole_matrix_and_patched_is_right_in_it() -> None:
-    assert [(row["method"], row["setup"]) for row in ROWS] == [(m, setup.name) for m, setup in matrix.cells()]
+    assert [(row["method"], row["setup"]) for row in ROWS] == [(m, setup.name) for m, setup in cells.cells()]
     assert [row for row in ROWS if state(row, "patched") == "wrong"] == []
     refused = [row for row in ROWS if state(row, "patched") == "refused"]
     assert len(refused) < 0.02 * len(ROWS)
@@ -42,12 +42,12 @@ def test_the_record_covers_the_whole_matrix_and_patched_is_right_in_it() -> None
 def test_the_readme_has_the_counts_of_the_record() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     for side in SIDES:
-        assert matrix.counts(ROWS, side) in readme
+        assert cells.counts(ROWS, side) in readme
 
 
 @pytest.mark.parametrize("row", sample(), ids=lambda row: f"{row['method']}-{row['setup']}".replace(" ", "-"))
 def test_cell(bench: Bench, row: dict[str, str]) -> None:
     """Patched equals one process; stock fails where it did, so that this test says when upstream heals."""
-    again = matrix.measure(bench, row["method"], SETUPS[row["setup"]])
+    again = cells.measure(bench, row["method"], SETUPS[row["setup"]])
     assert again["patched"] == ""
     assert state(again, "stock") == state(row, "stock"), again["stock"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cells import METHODS, Bench, Setup, trial
 from faults import FLAVOURS
-from matrix import METHODS, Bench, Setup, trial
 from methods import tuned
 from safetensors.torch import load_file
 

@@ -25,9 +25,9 @@ from unittest import mock
 import pytest
 import strangers
 import walk
+from cells import Bench, has
 from conftest import ROOT
 from faults import FLAVOURS
-from matrix import Bench, has
 from strangers import WITHOUT_BEST, alone, compiled, ddp, deepspeed, fsdp
 from walk import Scenario
 
@@ -40,6 +40,9 @@ from trainer_fsdp_patch.testing import releases
 BEFORE: dict[int, tuple[str, ...]] = {1: (), 2: ("before",)}
 """What upstream refuses of FSDP, by its version: an evaluation before train(). FSDP1 cannot train after one."""
 ALONE = "resumed from the model alone"
+
+FOLDERS = [Path(__file__).parent / name for name in ("", "helpers", "matrix", "programs")]
+"""Where tests find each other's modules, as setup.cfg has them."""
 
 SCENARIOS = [
     Scenario("one process, LoRA", alone("lora")),
@@ -306,7 +309,7 @@ def test_a_program_without_peft(tmp_path: Path) -> None:
         [sys.executable, "-S", "-W", "ignore", "-c", ABSENT, str(tmp_path)],
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", site))),
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *FOLDERS, site))),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         },

@@ -7,8 +7,8 @@ from typing import Any
 
 import checkpoints
 import pytest
+from cells import METHODS, Bench, Setup, trial
 from faults import FLAVOURS, where
-from matrix import METHODS, Bench, Setup, trial
 from test_plan import llama
 
 import trainer_fsdp_patch

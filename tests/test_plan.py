@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from matrix import METHODS, ON_LLAMA
+from cells import METHODS, ON_LLAMA
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 

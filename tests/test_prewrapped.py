@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cells import METHODS, Bench, Setup, trial
 from faults import FLAVOURS
-from matrix import METHODS, Bench, Setup, trial
 
 import trainer_fsdp_patch
 from trainer_fsdp_patch.errors import PatchError

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matrix import METHODS, Bench, Setup, reference_of, trial
+from cells import METHODS, Bench, Setup, reference_of, trial
 from safetensors.torch import load_file
 
 from trainer_fsdp_patch.testing import forks

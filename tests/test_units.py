@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cells import METHODS, Bench, Setup
 from faults import FLAVOURS, fsdp2, skip_without_reference
-from matrix import METHODS, Bench, Setup
 from test_plan import llama
 
 from trainer_fsdp_patch.inspecting import inventory

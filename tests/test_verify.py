@@ -12,7 +12,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
-from matrix import METHODS, Bench, Setup
+from cells import METHODS, Bench, Setup
 from safetensors.torch import load_file, save_file
 
 from trainer_fsdp_patch import cli
@@ -53,7 +53,7 @@ def test_what_the_patches_write_is_alive(good: Path) -> None:
 
 @pytest.mark.parametrize("method", ["vera", "randlora", "dora", "vblora"])
 def test_other_methods_are_alive(bench: Bench, method: str) -> None:
-    from matrix import has
+    from cells import has
 
     if not has(method):
         pytest.skip(f"this peft has no {method}")

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cells import METHODS, Bench, Setup, reference_of, trial
 from faults import FLAVOURS, canary
-from matrix import METHODS, Bench, Setup, reference_of, trial
 
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome, compare

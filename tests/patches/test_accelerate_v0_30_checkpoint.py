@@ -1,8 +1,8 @@
 """Resume checkpoints hold what the adapter's file would, and lose what else is trained."""
 
 import pytest
+from cells import METHODS, Bench, Setup
 from faults import canary, fsdp2, resumes, with_trainable_norms
-from matrix import METHODS, Bench, Setup
 
 from trainer_fsdp_patch.testing import releases
 

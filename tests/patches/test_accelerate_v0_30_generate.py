@@ -2,8 +2,8 @@
 
 import checkpoints
 import pytest
+from cells import Bench, Setup
 from faults import FLAVOURS, canary, scene_fault
-from matrix import Bench, Setup
 
 
 def test_canary() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import checkpoints
 import pytest
+from cells import Bench, Setup
 from faults import FLAVOURS, canary, equals_one_process, fault, fsdp2, where
-from matrix import Bench, Setup
 from safetensors.torch import load_file
 
 

@@ -1,8 +1,8 @@
 """A base that transformers shards itself is put into DDP, which takes no sharded parameters."""
 
 import checkpoints
+from cells import METHODS, Bench, Setup
 from faults import canary, scene_fault, where
-from matrix import METHODS, Bench, Setup
 
 
 def test_canary() -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cells import Bench, Setup, trial
 from faults import NO_SHARDS, canary, equals_one_process, fault, fsdp2, where
-from matrix import Bench, Setup, trial
 
 
 def test_canary() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from cells import METHODS, Bench, Setup, trial
 from faults import canary, resumes, with_trainable_norms
-from matrix import METHODS, Bench, Setup, trial
 
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cells import METHODS, Bench, Setup, trial
 from faults import NO_SHARDS, canary, fault, fsdp2, packed, where
-from matrix import METHODS, Bench, Setup, trial
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.testing import forks

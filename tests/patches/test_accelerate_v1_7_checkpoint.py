@@ -1,8 +1,8 @@
 """A full FSDP2 checkpoint holds the shard of rank 0, and a resumed run goes on from the init elsewhere."""
 
 import pytest
+from cells import METHODS, Bench, Setup
 from faults import canary, fsdp2, resumes, with_trainable_norms
-from matrix import METHODS, Bench, Setup
 
 
 def test_canary() -> None:

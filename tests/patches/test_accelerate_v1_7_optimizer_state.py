@@ -1,8 +1,8 @@
 """A sharded optimizer is saved by parameter names and read by parameter numbers, so that nothing is read."""
 
 import pytest
+from cells import METHODS, Bench, Setup
 from faults import FLAVOURS, canary, resumes
-from matrix import METHODS, Bench, Setup
 
 
 def test_canary() -> None:

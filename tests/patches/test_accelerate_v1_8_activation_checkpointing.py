@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from cells import Bench, Setup, trial
 from faults import canary
-from matrix import Bench, Setup, trial
 from methods import tuned
 
 DROPOUT = tuned("LoraConfig", r=4, lora_dropout=0.5)

@@ -1,8 +1,8 @@
 """FSDP2 runs without autocast, so that fp32 projections meet bf16 activations."""
 
 import pytest
+from cells import Bench, Setup
 from faults import canary, fault
-from matrix import Bench, Setup
 
 
 def test_canary() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from cells import METHODS, Bench, Setup, reference_of
 from faults import FLAVOURS, canary, fsdp2, packed, where
-from matrix import METHODS, Bench, Setup, reference_of
 
 from trainer_fsdp_patch.names import unwrap
 from trainer_fsdp_patch.patching import registry

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from cells import Bench, Setup, reference_of
 from faults import FLAVOURS, canary, equals_one_process, fault_without
-from matrix import Bench, Setup, reference_of
 from methods import CAUSAL, keeps_a_schedule, scheduled, tuned
 
 NAME = "peft_v0_11_rank_names"

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from cells import Bench, Setup, trial
 from faults import canary, equals_one_process, where
-from matrix import Bench, Setup, trial
 
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import compare

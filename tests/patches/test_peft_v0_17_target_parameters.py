@@ -1,8 +1,8 @@
 """LoRA on parameters, such as those of experts, parametrizes them in the forward, where FSDP1 has plain tensors."""
 
 import pytest
+from cells import Bench, Setup
 from faults import canary, fault_without, where
-from matrix import Bench, Setup
 
 NAME = "peft_v0_17_target_parameters"
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from cells import METHODS, Bench, Setup, trial
 from faults import canary, where
-from matrix import METHODS, Bench, Setup, trial
 
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome

@@ -1,8 +1,8 @@
 """Adapters that unpack the base weight in their forward meet FSDP1's view of it, which has no quant_state."""
 
 import pytest
+from cells import Bench, Setup
 from faults import canary, fault_without, packed
-from matrix import Bench, Setup
 
 
 def test_canary() -> None:

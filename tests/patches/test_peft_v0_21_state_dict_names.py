@@ -1,8 +1,8 @@
 """Nested FSDP and checkpoint wrappers hide the adapter from peft, and the file is empty."""
 
 import pytest
+from cells import Bench, Setup
 from faults import canary, fault
-from matrix import Bench, Setup
 from torch import nn
 
 from trainer_fsdp_patch.saving import naming

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from cells import Bench, Setup
 from faults import canary, cast_fault
-from matrix import Bench, Setup
 
 
 def test_canary() -> None:

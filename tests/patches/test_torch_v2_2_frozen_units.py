@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from cells import Bench, Setup
 from faults import canary, skip_without_reference
-from matrix import Bench, Setup
 
 from trainer_fsdp_patch.patching import registry
 

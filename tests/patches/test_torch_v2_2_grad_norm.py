@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch
+from cells import Bench, Setup, trial, with_a_head
 from faults import canary
-from matrix import Bench, Setup, trial, with_a_head
 
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome

@@ -1,8 +1,8 @@
 """A sharded checkpoint of plain SGD has no state, and FSDP1 asks for it."""
 
 import checkpoints
+from cells import Bench, Setup
 from faults import canary
-from matrix import Bench, Setup
 
 
 def test_canary() -> None:

@@ -1,8 +1,8 @@
 """Plain SGD keeps no tensor, and torch asks its tensors for the device to read a full FSDP2 checkpoint to."""
 
 import checkpoints
+from cells import Bench, Setup
 from faults import canary, fsdp2, scene_fault, where
-from matrix import Bench, Setup
 
 
 def test_canary() -> None:

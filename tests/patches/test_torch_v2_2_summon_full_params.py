@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from architectures import ARCHITECTURES
+from cells import METHODS, Bench, Setup, reference_of
 from checkpoints import failure
 from faults import canary
-from matrix import METHODS, Bench, Setup, reference_of
 
 from trainer_fsdp_patch import bits
 from trainer_fsdp_patch.inspecting import inventory

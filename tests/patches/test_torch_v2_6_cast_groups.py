@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from cells import Bench, Setup
 from faults import canary, cast_fault, fsdp2
-from matrix import Bench, Setup
 
 
 def test_canary() -> None:

@@ -1,8 +1,8 @@
 """transformers writes over the adapter file too, of adapters that it added itself."""
 
 import checkpoints
+from cells import Bench, Setup
 from faults import FLAVOURS, added, canary, scene_fault, takes_adapters
-from matrix import Bench, Setup
 
 
 def test_canary() -> None:

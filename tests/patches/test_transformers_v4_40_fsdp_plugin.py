@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from cells import Bench, Setup
 from faults import canary, fault, packed, units_of, where
-from matrix import Bench, Setup
 
 
 def test_canary() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import checkpoints
 import pytest
+from cells import METHODS, Bench, Setup, trial
 from faults import FLAVOURS, canary, scene_fault
-from matrix import METHODS, Bench, Setup, trial
 
 import trainer_fsdp_patch
 from trainer_fsdp_patch.testing import forks

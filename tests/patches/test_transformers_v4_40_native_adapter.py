@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from cells import Bench, Setup, trial
 from faults import added, canary, equals_one_process
-from matrix import Bench, Setup, trial
 
 from trainer_fsdp_patch.testing import forks
 

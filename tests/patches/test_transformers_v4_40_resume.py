@@ -4,8 +4,8 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+from cells import METHODS, Bench, Setup
 from faults import FLAVOURS, canary, fsdp2, resumes, scene_fault, where
-from matrix import METHODS, Bench, Setup
 
 from trainer_fsdp_patch.testing import forks
 

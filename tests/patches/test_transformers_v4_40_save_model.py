@@ -1,8 +1,8 @@
 """Under SHARDED_STATE_DICT the Trainer ends well and writes no adapter file."""
 
 import pytest
+from cells import Bench, Setup
 from faults import FLAVOURS, canary, fault
-from matrix import Bench, Setup
 
 
 def test_canary() -> None:

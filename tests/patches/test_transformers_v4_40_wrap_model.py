@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cells import METHODS, Bench, Setup, has, trial
 from faults import FLAVOURS, added, canary, equals_one_process, fault, fsdp2, packed, takes_adapters, where
-from matrix import METHODS, Bench, Setup, has, trial
 
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome

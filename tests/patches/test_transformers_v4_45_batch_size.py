@@ -6,9 +6,9 @@ tests/reports/test_batch_size.py has what the tries train.
 from __future__ import annotations
 
 import pytest
+from cells import Bench, Setup
 from checkpoints import Scene, failure
 from faults import canary, runs_out
-from matrix import Bench, Setup
 
 from trainer_fsdp_patch.patching import registry
 from trainer_fsdp_patch.testing import forks

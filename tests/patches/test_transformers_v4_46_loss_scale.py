@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from cells import METHODS, Bench, Setup, reference_of, trial
 from faults import FLAVOURS, canary, fault_without, where
-from matrix import METHODS, Bench, Setup, reference_of, trial
 from transformers import BertForSequenceClassification, T5ForConditionalGeneration
 
 from trainer_fsdp_patch.testing import forks

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from cells import Bench, Setup
 from checkpoints import Scene
 from faults import canary, runs_out
-from matrix import Bench, Setup
 
 from trainer_fsdp_patch.patching import registry
 from trainer_fsdp_patch.testing.case import Outcome

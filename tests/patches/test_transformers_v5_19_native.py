@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+from cells import Bench, Setup
 from faults import canary
-from matrix import Bench, Setup
 
 
 def test_canary() -> None:

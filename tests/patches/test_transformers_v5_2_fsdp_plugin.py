@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from cells import Bench, Setup
 from faults import canary, units_of
-from matrix import Bench, Setup
 
 
 def test_canary() -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from cells import Bench, Setup, reference_of
 from checkpoints import failure
 from faults import FLAVOURS, fsdp2, packed
-from matrix import Bench, Setup, reference_of
 
 from trainer_fsdp_patch import bits, versions
 from trainer_fsdp_patch.testing import case, forks, trial
@@ -152,7 +152,7 @@ def test_packed_weights(bench: Bench, tmp_path: Path, fsdp: int) -> None:
 
 def prepare(change: Any, setup: Setup, base: str, folder: str, ranks: int, rank: int) -> Outcome:
     """Up to the first step, with collectives and passes over the base counted."""
-    from matrix import METHODS
+    from cells import METHODS
     from transformers import Trainer
 
     given = trial.enter(setup, folder, ranks, patched=True)

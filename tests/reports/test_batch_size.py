@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cells import METHODS, Bench, Setup
 from checkpoints import Scene, failure, stored_bits, train
 from faults import FLAVOURS, runs_out, where
-from matrix import METHODS, Bench, Setup
 
 from trainer_fsdp_patch.testing import trial
 from trainer_fsdp_patch.training import batch_size

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from cells import METHODS, Bench, Setup, has, reference_of, trial
 from faults import FLAVOURS, added, takes_adapters
-from matrix import METHODS, Bench, Setup, has, reference_of, trial
 from safetensors.torch import load_file, save_file
 
 from trainer_fsdp_patch import collectives

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cells import METHODS, Bench, Setup
 from checkpoints import Scene, failure
 from faults import FLAVOURS, packed
-from matrix import METHODS, Bench, Setup
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.testing import case, releases

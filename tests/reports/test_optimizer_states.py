@@ -14,8 +14,8 @@ from typing import Any
 
 import checkpoints
 import pytest
+from cells import Bench, Setup
 from faults import fsdp2, packed, where
-from matrix import Bench, Setup
 
 from trainer_fsdp_patch.patching import registry
 

@@ -1,7 +1,8 @@
 """Cases of public reports: what a user does, in one process and on two ranks, stock beside patched.
 
-tests/reports/ has them, one file a kind. `python tests/cases.py --record` runs all of them and writes what came out to
-tests/data/cases.json, with `--missing` only those that are not there; `--markdown` prints docs/cases.md from that.
+tests/reports/ has them, one file a kind. `python tests/programs/cases.py --record` runs all of them and writes what
+came out to tests/data/cases.json, with `--missing` only those that are not there; `--markdown` prints docs/cases.md
+from that.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# As a program it finds what tests find by pytest's own path.
+sys.path[:0] = [str(Path(__file__).parent.parent / name) for name in ("matrix", "helpers")]
+
 import pytest
+from cells import METHODS, Bench, reference_of
 from faults import FLAVOURS
-from matrix import METHODS, Bench, reference_of
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.files import reading
@@ -31,12 +35,12 @@ from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.testing import forks, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
 
-REPORTS = Path(__file__).parent / "reports"
-DATA = Path(__file__).parent / "data" / "cases.json"
-BY_HAND = Path(__file__).parent / "data" / "by_hand.json"
+REPORTS = Path(__file__).parent.parent / "reports"
+DATA = Path(__file__).parent.parent / "data" / "cases.json"
+BY_HAND = Path(__file__).parent.parent / "data" / "by_hand.json"
 """What no test holds, with the reason."""
 
-PAGE = Path(__file__).parent.parent / "docs" / "cases.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "cases.md"
 Found = dict[str, Any]
 FSDP1, FSDP2, DDP = Setup("FSDP1", fsdp=1), Setup("FSDP2"), Setup("DDP", fsdp=0)
 
@@ -361,7 +365,7 @@ def markdown(rows: list[Row]) -> str:
         "One process with the same global batch says what is right: losses, norms and files.",
         f"Of {cells} cells stock has {right[0]} right, and the patches {right[1]}.",
         '"As stock" are scripts without a Trainer, for which no plan is made.',
-        "`python tests/cases.py --record` measures this again, and `--markdown` prints this page.",
+        "`python tests/programs/cases.py --record` measures this again, and `--markdown` prints this page.",
         "",
         "| case | what the user does | stock | patched |",
         "| --- | --- | --- | --- |",

@@ -1,6 +1,6 @@
 """Draws tests/data/matrix.json as a picture: every method and set-up, stock beside patched.
 
-python tests/coverage.py [--json tests/data/matrix.json] [--out tests/data/coverage.png]
+python tests/matrix/picture.py [--json tests/data/matrix.json] [--out tests/data/coverage.png]
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import json
 import warnings
 from pathlib import Path
 
-from matrix import SIDES, STATES, Row, state
+from cells import SIDES, STATES, Row, state
 
 COLOURS = {"right": "#2e9e5b", "refused": "#e0a526", "wrong": "#c8453a", "no reference": "#d5d8dc", "": "#ffffff"}
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent.parent / "data"
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import checkpoints
 import pytest
-from matrix import METHODS, Bench, Setup, has, reference_of
+from cells import METHODS, Bench, Setup, has, reference_of
 
 import trainer_fsdp_patch
 from trainer_fsdp_patch import versions
@@ -132,7 +132,7 @@ def resumes(bench: Bench, configure: Callable[[Any], Any], setup: Setup, expecte
 
 
 def scene_fault(bench: Bench, scenario: Callable[..., str], setup: Setup, expected: str) -> None:
-    """A scenario of tests/checkpoints.py: stock loses something, in these words, and the patched run nothing."""
+    """A scenario of `checkpoints`: stock loses something, in these words, and the patched run nothing."""
     scene = checkpoints.Scene(bench)
     stock = checkpoints.cell(scenario, scene, setup, patched=False)
     assert stock

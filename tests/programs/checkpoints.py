@@ -1,8 +1,8 @@
 """What becomes of an adapter when it is saved, resumed, evaluated, generated with, and when a rank or the disk fails.
 
-`python tests/checkpoints.py` runs every scenario, stock beside patched, and prints the table; what it last gave is
-tests/data/checkpoints.json. A cell is right where nothing was lost: the saved adapter equals that of one process, a
-resumed run ends bit-equal to one that was not interrupted, and a fault leaves what was saved before.
+`python tests/programs/checkpoints.py` runs every scenario, stock beside patched, and prints the table; what it last
+gave is tests/data/checkpoints.json. A cell is right where nothing was lost: the saved adapter equals that of one
+process, a resumed run ends bit-equal to one that was not interrupted, and a fault leaves what was saved before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from matrix import METHODS, Bench, reference_of, with_a_head
+# As a program it finds what tests find by pytest's own path.
+sys.path[:0] = [str(Path(__file__).parent.parent / name) for name in ("matrix", "helpers")]
+
+from cells import METHODS, Bench, reference_of, with_a_head
 
 from trainer_fsdp_patch import bits, versions
 from trainer_fsdp_patch.errors import AdapterError

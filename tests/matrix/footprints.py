@@ -1,9 +1,9 @@
 """What FSDP takes of a rank with every method: units, bytes gathered at once, bytes at rest, collectives a step.
 
-`python tests/footprints.py` trains two steps of each on models of four layers, stock beside patched, FSDP1 and FSDP2,
-and fails where a patched run takes more than its plan says or than stock. `--json FILE` records the numbers, `--only
-TEXT` keeps the methods whose name has TEXT and the rows of the others in the record; `--markdown` prints the table of
-the record. Numbers are counts: they are the same on every machine.
+`python tests/matrix/footprints.py` trains two steps of each on models of four layers, stock beside patched, FSDP1 and
+FSDP2, and fails where a patched run takes more than its plan says or than stock. `--json FILE` records the numbers,
+`--only TEXT` keeps the methods whose name has TEXT and the rows of the others in the record; `--markdown` prints the
+table of the record. Numbers are counts: they are the same on every machine.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import architectures
-from matrix import METHODS, SIDES, Bench, Row, Setup, beside, has, numbers
+from cells import METHODS, SIDES, Bench, Row, Setup, beside, has, numbers
 
 from trainer_fsdp_patch.inspecting import footprint
 from trainer_fsdp_patch.testing import forks, trial
 
-DATA = Path(__file__).parent / "data" / "footprints.json"
+DATA = Path(__file__).parent.parent / "data" / "footprints.json"
 NAMES = ("units", "rest", "base", "whole", "gathered", "collectives")
 LAYERS, STEPS = 4, 2
 SETUPS = {1: Setup("f1", fsdp=1), 2: Setup("f2", fsdp=2)}
@@ -60,8 +60,8 @@ PAGE = """# What FSDP takes of a rank
 
 Every method is trained for two steps, stock beside patched, on models of four layers and two ranks. *Units* are FSDP
 units that hold something of the base. *Gathered* is the largest number of bytes that units had gathered at once in a
-step, padding included. A run that ends before its first step has none. `python tests/footprints.py` counts afresh, and
-`python tests/footprints.py --markdown > docs/footprints.md` writes this page from `tests/data/footprints.json`.
+step, padding included. A run that ends before its first step has none. `python tests/matrix/footprints.py` counts
+afresh, and with `--markdown > docs/footprints.md` it writes this page from `tests/data/footprints.json`.
 
 """
 

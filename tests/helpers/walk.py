@@ -358,7 +358,7 @@ def base_model(base: str, method: str = "", **changes: Any) -> Callable[[], Any]
         setup = dataclasses.replace(Setup("walk"), **changes)
         if not method:
             return trial.load_base(base, setup)
-        from matrix import METHODS
+        from cells import METHODS
 
         return METHODS[method](METHODS[method].load(base, setup))
 

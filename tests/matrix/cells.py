@@ -1,6 +1,6 @@
 """The matrix: every method times every set-up, stock beside patched, each against one process.
 
-`python tests/matrix.py` runs all of it and prints the counts; `--only TEXT` keeps the cells whose name has TEXT.
+`python tests/matrix/cells.py` runs all of it and prints the counts; `--only TEXT` keeps the cells whose name has TEXT.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What one stack of releases does: five adapters on both versions of FSDP, trained, saved and resumed.
 
-`python tests/stacks.py --json FILE` runs it on what is installed, stock beside patched, each against one process
-and, in what it takes of a rank, against its plan and stock;
-`python tests/stacks.py --table FILE...` prints what several stacks gave. `nox` does both for every stack; what it last
-gave is tests/data/stacks.json, and tests/data/torches.json is of the other torch releases.
+`python tests/programs/stacks.py --json FILE` runs it on what is installed, stock beside patched, each against one
+process and, in what it takes of a rank, against its plan and stock; `python tests/programs/stacks.py --table FILE...`
+prints what several stacks gave. `nox` does both for every stack; what it last gave is tests/data/stacks.json, and
+tests/data/torches.json is of the other torch releases.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# As a program it finds what tests find by pytest's own path.
+sys.path[:0] = [str(Path(__file__).parent.parent / name) for name in ("matrix", "helpers")]
+
 from trainer_fsdp_patch.testing import forks
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent.parent / "data"
 PACKAGES = ("transformers", "accelerate", "peft", "torch", "bitsandbytes")
 
 
 def scenarios() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     """Adapter, how it is made, and set-up, of those that the installed releases have at all."""
     import peft
-    from matrix import METHODS, Setup, has, with_a_head
+    from cells import METHODS, Setup, has, with_a_head
 
     from trainer_fsdp_patch.testing import releases
 
@@ -44,7 +47,7 @@ def scenarios() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
 
 def here(only: str, *, stock: bool) -> dict[str, Any]:
     """Every scenario on the installed releases."""
-    from matrix import SIDES, Bench, beside, numbers
+    from cells import SIDES, Bench, beside, numbers
 
     from trainer_fsdp_patch import versions
 

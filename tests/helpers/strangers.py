@@ -33,7 +33,7 @@ def alone(method: str = "", *, evaluate: bool = True, model: Any = None, **chang
         if not method:
             return whole(lambda: arguments(**changes), make, evaluate=evaluate)
         import peft
-        from matrix import METHODS
+        from cells import METHODS
 
         saw = whole(lambda: arguments(**changes), make, evaluate=evaluate, callbacks=METHODS[method].callbacks())
         adapted = make()
@@ -188,7 +188,7 @@ def merged(base: str) -> dict[str, Any]:
 def masked(base: str) -> dict[str, Any]:
     """AdaLora past the step at which its ranks are final."""
     import peft
-    from matrix import METHODS
+    from cells import METHODS
 
     settings = {**METHODS["adalora_schedule"].settings, "tfinal": 2}
     callbacks = METHODS["adalora_schedule"].callbacks()

@@ -1,7 +1,7 @@
 """Looks every seam up in the wheels of every release, and writes what it finds to tests/data/seams.json.
 
-`python tests/wheels.py FOLDER` downloads the wheels that FOLDER lacks (about 1.3 GB for all) and reads them without
-importing or installing anything. `tests/test_seams.py` holds the patches' ranges against the result.
+`python tests/programs/wheels.py FOLDER` downloads the wheels that FOLDER lacks (about 1.3 GB for all) and reads them
+without importing or installing anything. `tests/test_seams.py` holds the patches' ranges against the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from packaging.version import Version
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.patching import seams
 
-DATA = Path(__file__).parent / "data" / "seams.json"
+DATA = Path(__file__).parent.parent / "data" / "seams.json"
 
 
 def releases(package: str) -> list[str]:
