@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer_fsdp_patch import bits
-from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.files import reading, verify
 from trainer_fsdp_patch.names import canonical
 
@@ -42,8 +42,9 @@ def repair_path(where: Path, out: Path, config: Path | None = None) -> tuple[lis
         AdapterError: there is nothing to repair at this place, or `out` would be overwritten.
     """
     if out.exists() and reading.adapter_folders(out):
-        text = message(str(out), "holds an adapter", "Nothing was written: it would be replaced", "Give another --out")
-        raise AdapterError(text)
+        raise AdapterError(
+            str(out), "holds an adapter", "Nothing was written: it would be replaced", "Give another --out"
+        )
     verify.verify_path(where)
     if config:
         reading.text(config)
@@ -101,12 +102,12 @@ def _renamed(tensors: dict[str, Any]) -> tuple[dict[str, Any], int]:
     for key, tensor in tensors.items():
         name = canonical(key)
         if name in result and not bits.same_bits(result[name], tensor):
-            text = message(
+            raise AdapterError(
                 name,
                 "two keys of the file name this tensor, with other values",
                 "Nothing was written: one of them is wrong, and which one cannot be told",
                 "Take the file of another save",
+                tensor=name,
             )
-            raise AdapterError(text, tensor=name)
         result[name] = tensor
     return result, sum(canonical(key) != key for key in tensors)

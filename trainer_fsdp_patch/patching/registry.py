@@ -205,8 +205,7 @@ def find(name: str) -> Patch:
         return discover()[name]
     except KeyError:
         known = ", ".join(discover())
-        text = message(name, "no such patch", "Nothing was patched", f"Known are {known}")
-        raise PatchError(text, patch=name) from None
+        raise PatchError(name, "no such patch", "Nothing was patched", f"Known are {known}", patch=name) from None
 
 
 def patch(*names: str, strict: bool = False) -> list[Status]:

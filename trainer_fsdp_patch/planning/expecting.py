@@ -176,9 +176,11 @@ def _kept(plan: Plan, tensor: TensorInfo) -> int:
 
     Under FSDP2 it leaves models with 4-bit weights as they are.
     """
+    stored = _itemsize(tensor)
+    if not tensor.trainable or plan.autocast is None or tensor.dtype not in SIZES:
+        return stored
     packed = any(item.tensor.role == QUANTIZED and item.tensor.shape[-1:] == (1,) for item in plan.placements)
-    upcast = tensor.trainable and plan.autocast is not None and not (packed and plan.fsdp_version == 2)
-    return max(4, _itemsize(tensor)) if upcast and tensor.dtype in SIZES else _itemsize(tensor)
+    return stored if packed and plan.fsdp_version == 2 else max(4, stored)
 
 
 def _computed(plan: Plan, tensor: TensorInfo) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from trainer_fsdp_patch.errors import PlanError, message
+from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, TensorInfo
 from trainer_fsdp_patch.names import canonical
@@ -148,7 +148,7 @@ def make_plan(
     barred = budget.cannot_shard(tensors, fsdp_version, _homes(model, roots), inventory.copies(model))
     barred |= dict.fromkeys(users, "it is ignored")
     if fsdp_version == 1 and use_orig_params is False:
-        barred |= dict.fromkeys((tensor.name for tensor in tensors), "use_orig_params=False hides its name")
+        unsharded = unsharded or "use_orig_params=False hides its name"
     if unsharded:
         barred |= dict.fromkeys((tensor.name for tensor in tensors), unsharded)
     large, said = budget.choose_sharded(tensors, barred, asked, ranks)
@@ -171,8 +171,9 @@ def make_plan(
 
 def _known(setting: str, found: Any, supported: dict[Any, Any]) -> Any:
     if found not in supported:
-        text = message(setting, repr(found), "No plan was made", f"Use one of {', '.join(map(repr, supported))}")
-        raise PlanError(text, setting=setting)
+        raise PlanError(
+            setting, repr(found), "No plan was made", f"Use one of {', '.join(map(repr, supported))}", setting=setting
+        )
     return supported[found]
 
 

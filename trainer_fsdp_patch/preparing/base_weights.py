@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer_fsdp_patch import bits, collectives
-from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared
 
@@ -115,13 +115,13 @@ def _refuse_other_tensors(named: list[tuple[str, Any]]) -> None:
     rank, found = next((rank, sorted(other ^ first)[0]) for rank, other in enumerate(others, 1) if other != first)
     name, _, kind = found.partition(": ")
     side = "rank 0" if found in first else f"rank {rank}"
-    text = message(
+    raise AdapterError(
         name,
         f"{kind} on {side}, and not so on {f'rank {rank}' if found in first else 'rank 0'}",
         "FSDP would put one base together from different ones",
         "Load the same base model in the same way on every rank",
+        tensor=name,
     )
-    raise AdapterError(text, tensor=name)
 
 
 def _differing(tensors: list[Any], device: Any) -> list[int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
-from trainer_fsdp_patch.errors import PlanError, message
+from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning import units
 from trainer_fsdp_patch.planning.prepared import prepared_for
@@ -179,10 +179,10 @@ def keep_rng_state(model: Any) -> None:
 
 
 def _refuse_ignored() -> None:
-    text = message(
+    raise PlanError(
         "ignored_modules",
         "given for FSDP2 on a torch that cannot ignore parameters",
         "They would be sharded against your setting",
         "Use torch 2.7 or newer, or leave ignored_modules out",
+        setting="ignored_modules",
     )
-    raise PlanError(text, setting="ignored_modules")

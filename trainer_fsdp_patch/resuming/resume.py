@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer_fsdp_patch import collectives
-from trainer_fsdp_patch.errors import AdapterError, message
+from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.files import reading, verify
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import file_key, unwrap
@@ -170,13 +170,13 @@ def _belongs(key: str, names: set[str]) -> bool:
 
 
 def _refused(name: str, found: str) -> AdapterError:
-    text = message(
+    return AdapterError(
         name,
         found,
         "Nothing was loaded: the run would go on from another adapter than the one that was saved",
         "Resume with the adapter configuration that wrote the checkpoint, or from another checkpoint",
+        tensor=name,
     )
-    return AdapterError(text, tensor=name)
 
 
 def load(upstream: Callable[[], Any], trainer: Any, folder: Any) -> Any:

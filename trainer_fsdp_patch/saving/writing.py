@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer_fsdp_patch import bits, collectives
-from trainer_fsdp_patch.errors import AdapterError, message, warn
+from trainer_fsdp_patch.errors import AdapterError, warn
 from trainer_fsdp_patch.planning.prepared import any_prepared, prepared_by
 
 
@@ -104,13 +104,13 @@ def equal(path: Path, values: dict[str, Any]) -> None:
             if not bits.same_bits(file.get_tensor(key), values[key].detach().cpu()):
                 wrong.append(key)
     if wrong:
-        text = message(
+        raise AdapterError(
             wrong[0],
             f"the file that was read back differs from the adapter in it and in {len(wrong) - 1} more tensors",
             "The file of an earlier save is untouched",
             "Check the disk that the adapter is saved on, and save again",
+            tensor=wrong[0],
         )
-        raise AdapterError(text, tensor=wrong[0])
 
 
 def _lost(target: Path, error: Exception) -> AdapterError:
