@@ -20,15 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer_fsdp_patch import collectives
-from trainer_fsdp_patch.saving import checkpoint, liveness, writing
+from trainer_fsdp_patch.saving import adapter_state, liveness, writing
 from trainer_fsdp_patch.testing import check, forks, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 PARTS = {
     "ranks compared": (collectives, "compare"),
-    "values finite": (checkpoint, "refuse_dead"),
+    "values finite": (adapter_state, "refuse_dead"),
     "moved since the start": (liveness.Liveness, "warn_unmoved"),
-    "keys as expected": (checkpoint, "prove"),
+    "keys as expected": (adapter_state, "prove"),
     "file read back": (writing, "equal"),
     "bytes on the disk": (writing, "_settle"),
     "all ranks told": (writing, "_agree"),

@@ -11,7 +11,7 @@ from typing import Any
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.patching.wrapping import argument
-from trainer_fsdp_patch.saving import checkpoint
+from trainer_fsdp_patch.saving import adapter_state
 
 patch = Patch(__name__, versions="accelerate>=0.30.dev0", target="accelerate.accelerator")
 
@@ -20,4 +20,4 @@ patch = Patch(__name__, versions="accelerate>=0.30.dev0", target="accelerate.acc
 def state_dict_of_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Ask upstream but inside our own save of an adapter, and for 8-bit layers, on which it fails."""
     model = argument(args, kwargs, 0, "model")
-    return checkpoint.state_dict(functools.partial(wrapped, *args, **kwargs), instance, model)
+    return adapter_state.state_dict(functools.partial(wrapped, *args, **kwargs), instance, model)

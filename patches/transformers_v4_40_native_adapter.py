@@ -10,7 +10,7 @@ from typing import Any
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.patching.wrapping import argument
-from trainer_fsdp_patch.saving import checkpoint
+from trainer_fsdp_patch.saving import adapter_state
 
 patch = Patch(
     __name__,
@@ -28,5 +28,5 @@ patch = Patch(
 )  # fmt: skip
 def save_what_was_gathered(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The upstream function asks the model again on rank 0, where FSDP1 waits for the other ranks for ever."""
-    with checkpoint.gathered(instance, argument(args, kwargs, 2, "state_dict")):
+    with adapter_state.gathered(instance, argument(args, kwargs, 2, "state_dict")):
         return wrapped(*args, **kwargs)

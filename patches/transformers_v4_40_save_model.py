@@ -11,7 +11,7 @@ from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.patching.wrapping import argument
 from trainer_fsdp_patch.preparing import native
-from trainer_fsdp_patch.saving import checkpoint, writing
+from trainer_fsdp_patch.saving import adapter_state, writing
 
 patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers.trainer")
 
@@ -19,6 +19,6 @@ patch = Patch(__name__, versions="transformers>=4.40.dev0", target="transformers
 @patch.wrap("Trainer.save_model", "self", "output_dir", "_internal_call", only=gates.fsdp_trainer)
 def write_the_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Write first: the upstream function writes nothing then, and may push the folder. All ranks fail together."""
-    with writing.together(instance), checkpoint.saving(instance), native.gathered(instance):
-        checkpoint.save_sharded(instance, argument(args, kwargs, 0, "output_dir"))
+    with writing.together(instance), adapter_state.saving(instance), native.gathered(instance):
+        adapter_state.save_sharded(instance, argument(args, kwargs, 0, "output_dir"))
         return wrapped(*args, **kwargs)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from trainer_fsdp_patch import cli
 from trainer_fsdp_patch.errors import AdapterError, TrainerFsdpPatchWarning
 from trainer_fsdp_patch.files import reading, repair, verify
-from trainer_fsdp_patch.saving import checkpoint
+from trainer_fsdp_patch.saving import adapter_state
 
 LAYERS = "base_model.model.model.layers"
 
@@ -247,4 +247,4 @@ def test_a_save_says_where_it_holds_one_ranks_rows() -> None:
     weight = torch.zeros(8, 4)
     weight[4:] = 1.0
     with pytest.warns(TrainerFsdpPatchWarning, match="rows of rank 1 of 2 only"):
-        checkpoint.warn_of_shards({"layers.0.lora_B.weight": weight, "layers.1.lora_B.weight": torch.ones(8, 4)})
+        adapter_state.warn_of_shards({"layers.0.lora_B.weight": weight, "layers.1.lora_B.weight": torch.ones(8, 4)})

@@ -7,7 +7,7 @@ from typing import Any
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.planning.prepared import Prepared
-from trainer_fsdp_patch.saving import checkpoint
+from trainer_fsdp_patch.saving import adapter_state
 from trainer_fsdp_patch.training import steps
 
 
@@ -31,7 +31,7 @@ def take_up(prepared: Prepared, device: Any) -> None:
     collectives.broadcast(found.values())
     steps.take_up(prepared, found)
     model = prepared.model()
-    checkpoint.note_keys(prepared, checkpoint.keys(model, checkpoint.live(model, prepared)))
+    adapter_state.note_keys(prepared, adapter_state.keys(model, adapter_state.live(model, prepared)))
 
 
 def _agree(items: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from trainer_fsdp_patch.planning.prepared import prepared_by, prepared_for
-from trainer_fsdp_patch.saving import checkpoint
+from trainer_fsdp_patch.saving import adapter_state
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def gathered(trainer: Any) -> Iterator[None]:
     if prepared is None or not prepared.native:
         yield
         return
-    with checkpoint.gathered(prepared.model(), trainer.accelerator.get_state_dict(trainer.model)):
+    with adapter_state.gathered(prepared.model(), trainer.accelerator.get_state_dict(trainer.model)):
         yield
 
 

@@ -12,7 +12,7 @@ from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning import budget, planning
 from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_for
 from trainer_fsdp_patch.preparing import base_weights, fsdp_plugin, later
-from trainer_fsdp_patch.saving import checkpoint
+from trainer_fsdp_patch.saving import adapter_state
 from trainer_fsdp_patch.training import elementwise, optimizer_groups, steps
 
 logger = logging.getLogger("trainer_fsdp_patch")
@@ -76,7 +76,7 @@ def _settle(accelerator: Any, prepared: Prepared) -> Prepared:
     model, plan = prepared.model(), prepared.plan
     agree(prepared)
     base_weights.synchronize(prepared, accelerator)
-    checkpoint.expect(model, prepared)
+    adapter_state.expect(model, prepared)
     materialize(prepared, accelerator.device)
     steps.watch(prepared, accelerator)
     keep(model, prepared)

@@ -15,7 +15,7 @@ from trainer_fsdp_patch.files import reading, verify
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import file_key, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared_for
-from trainer_fsdp_patch.saving import checkpoint, gathering
+from trainer_fsdp_patch.saving import adapter_state, gathering
 
 
 @dataclass
@@ -66,8 +66,8 @@ def model_state_dict(
         # until accelerate 1.7: it hands FSDP2 checkpoints to torch, which refuses one without the base
         return upstream(model, adapter_only=False)
     full = getattr(sd_options, "full_state_dict", False)
-    live = checkpoint.live(model, prepared)
-    return checkpoint.on_cpu(names(model, live, as_peft=not (full and full_by_canonical_name)))
+    live = adapter_state.live(model, prepared)
+    return adapter_state.on_cpu(names(model, live, as_peft=not (full and full_by_canonical_name)))
 
 
 def names(model: Any, live: dict[str, Any], *, as_peft: bool) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def names(model: Any, live: dict[str, Any], *, as_peft: bool) -> dict[str, Any]:
     # peft may hand out detached tensors, which share the memory of the live one.
     here = {_storage_key(tensor): tensor for tensor in live.values()}
     active = getattr(bare, "active_adapter", None)
-    written = checkpoint.keys(bare, live).get(str(active[0] if isinstance(active, list) else active), {})
+    written = adapter_state.keys(bare, live).get(str(active[0] if isinstance(active, list) else active), {})
     found = {key: here[_storage_key(tensor)] for key, tensor in written.items() if _storage_key(tensor) in here}
     covered = {id(tensor) for tensor in found.values()}
     return found | {name: tensor for name, tensor in live.items() if id(tensor) not in covered}
@@ -136,7 +136,7 @@ def _copy_in(model: Any, prepared: Prepared, state_dict: dict[str, Any], read: d
     import torch
 
     empty = gathering.empty_like_sharded(prepared)
-    live = checkpoint.persistent(model, prepared.of_adapter()) | gathering.under_all_names(prepared, empty)
+    live = adapter_state.persistent(model, prepared.of_adapter()) | gathering.under_all_names(prepared, empty)
     known = names(model, live, as_peft=True) | names(model, live, as_peft=False)
     sharded = {id(tensor): name for name, tensor in empty.items()}
     others = {slot.name for slot in inventory.named_tensors(unwrap(model))}
@@ -221,7 +221,7 @@ def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
     """Tensors of adapter files by canonical names of the model."""
     bare = unwrap(model)
     empty = gathering.under_all_names(prepared, gathering.empty_like_sharded(prepared))
-    live = checkpoint.persistent(model, prepared.of_adapter()) | empty
+    live = adapter_state.persistent(model, prepared.of_adapter()) | empty
     places = {_storage_key(tensor): name for name, tensor in live.items()}
     found: dict[str, Any] = {}
     for adapter in getattr(bare, "peft_config", {}):
@@ -230,7 +230,7 @@ def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
             continue
         # transformers keeps the names of its own model, to which a file has peft's prefix.
         own = {f"base_model.model.{file_key(name, adapter)}": name for name in live if adapter in name.split(".")}
-        written = checkpoint.keys(bare, live).get(adapter, {})
+        written = adapter_state.keys(bare, live).get(adapter, {})
         named = own | {key: places[_storage_key(item)] for key, item in written.items() if _storage_key(item) in places}
         found |= {named.get(key, key): tensor for key, tensor in reading.read_tensors(file).items()}
     return found

@@ -10,7 +10,7 @@ from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, warn
 from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
-from trainer_fsdp_patch.saving import checkpoint, gathering, naming
+from trainer_fsdp_patch.saving import adapter_state, gathering, naming
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def answer(upstream: Callable[..., Any], arguments: dict[str, Any], *, to_file: 
 def _asked(call: Callable[[dict[str, Any]], Any], model: Any, prepared: Prepared) -> Any:
     """The answer without a state dict: first with empty tensors for what is sharded, to see whether any is asked."""
     bare = unwrap(model)
-    own = checkpoint.persistent(bare, prepared.of_adapter()) | checkpoint.added(bare, prepared)
+    own = adapter_state.persistent(bare, prepared.of_adapter()) | adapter_state.added(bare, prepared)
     own = {name: tensor.detach() for name, tensor in own.items()}
     result = call(own | _empty(bare, prepared, set(own)))
     asked = sorted(key for key, value in result.items() if isinstance(value, absent()))
@@ -82,7 +82,7 @@ def _asked(call: Callable[[dict[str, Any]], Any], model: Any, prepared: Prepared
     wrapped = prepared.wrapped()
     whole = gathering.in_stored_dtype(prepared, gathering.full_tensors(wrapped, prepared))
     own |= gathering.under_all_names(prepared, whole)
-    return call(own | checkpoint.embeddings(wrapped, set(own), kept=True))
+    return call(own | adapter_state.embeddings(wrapped, set(own), kept=True))
 
 
 @functools.cache
@@ -102,7 +102,7 @@ def _empty(model: Any, prepared: Prepared, known: set[str]) -> dict[str, Any]:
 
     found = {item.tensor.name: empty(*item.tensor.shape) for item in prepared.plan.sharded}
     found = gathering.under_all_names(prepared, found)
-    modules = checkpoint.embedding_modules(model)
+    modules = adapter_state.embedding_modules(model)
     for name, tensor in model.named_parameters(remove_duplicate=False):
         # FSDP1's flat parameter knows the names of what is in it.
         prefix = name.removesuffix(_FLAT)
