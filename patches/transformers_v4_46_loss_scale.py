@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.training import scaling
+from trainer_fsdp_patch.training import loss_scale
 
 patch = Patch(__name__, versions="transformers>=4.46.2", target="transformers.trainer")
 
@@ -20,4 +20,4 @@ patch = Patch(__name__, versions="transformers>=4.46.2", target="transformers.tr
 def share_of_the_count(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hand the count over as a rank's share."""
     names = ("model", "inputs", "return_outputs", "num_items_in_batch")
-    return scaling.compute_loss(wrapped, instance, {**dict(zip(names, args, strict=False)), **kwargs})
+    return loss_scale.compute_loss(wrapped, instance, {**dict(zip(names, args, strict=False)), **kwargs})
