@@ -63,8 +63,8 @@ def test_a_room_imports_from_rooms_below_it(path: Path) -> None:
 
 
 def test_an_arrow_that_is_turned_round_is_seen() -> None:
-    up = "from trainer_fsdp_patch.saving import checkpoint"
-    assert wrong_arrows("planning", up) == ["saving/checkpoint.py"]
+    up = "from trainer_fsdp_patch.saving import adapter_state"
+    assert wrong_arrows("planning", up) == ["saving/adapter_state.py"]
     assert wrong_arrows("patching", "def late():\n    from trainer_fsdp_patch import cli") == ["cli.py"]
     assert wrong_arrows("resuming", up) == []
 

@@ -27,7 +27,7 @@ class Prepared:
 
     Attributes:
         plan: the plan.
-        names: canonical names of the tensors set aside; tensors: the tensors, in the same order.
+        names: canonical names of the ignored tensors; tensors: the tensors, in the same order.
         sharded: canonical names of the trainable tensors that FSDP shards, whose gradients it averages itself.
         known: identities of the tensors.
         cast: dtype that a user, or the Trainer, has cast these to since, or None.

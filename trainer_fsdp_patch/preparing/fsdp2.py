@@ -62,7 +62,7 @@ def skip_impossible_units(model: Any) -> Iterator[None]:
     """Around accelerate's FSDP2 of a planned model: what cannot be a unit stays with the one around it.
 
     Args:
-        model: planned; what is set aside is hidden already.
+        model: planned; what is ignored is hidden already.
 
     Raises:
         PlanError: parameters are to be ignored on a torch before 2.7, which cannot.

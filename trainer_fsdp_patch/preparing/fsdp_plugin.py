@@ -246,7 +246,7 @@ def _or_own(module: Any, recurse: bool, nonwrapped_numel: int, *, policy: Any, o
 
 
 def _ignored(prepared: Prepared) -> list[Any]:
-    """Modules for FSDP1 to ignore: those that hold nothing else than what is set aside, and one for the rest.
+    """Modules for FSDP1 to ignore: those that hold nothing else than what is ignored, and one for the rest.
 
     FSDP1 ignores tensors by identity wherever they sit, but is told of them by modules; a module of
     our own names those that share theirs with base weights.

@@ -159,7 +159,7 @@ def _plain(value: Any) -> str:
 
 
 def materialize(prepared: Prepared, device: Any) -> None:
-    """Move what is set aside to the device and give every rank rank 0's bits, objects unchanged.
+    """Move what FSDP ignores to the device and give every rank rank 0's bits, objects unchanged.
 
     Quantized layers are moved with their module, which keeps their quantization state, and are not
     broadcast: every rank has loaded the same ones.
