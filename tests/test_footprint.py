@@ -11,7 +11,7 @@ import architectures
 import footprints
 import pytest
 from cells import METHODS, Bench, Setup
-from faults import FLAVOURS, fsdp2
+from faults import FLAVOURS, fsdp2, packed, where
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.inspecting import footprint
@@ -84,6 +84,21 @@ def test_layers_that_are_no_units_are_found(bench: Bench, monkeypatch: pytest.Mo
     assert not outcome.error
     assert verdict.worst < 1e-3
     assert "FSDP units hold the base, the plan says 5" in verdict.error
+
+
+@where("accelerate>=1.15.dev0", "torch>=2.13.dev0")
+@pytest.mark.parametrize("storage", ["", pytest.param("bfloat16", marks=packed)])
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_shards_that_train_are_planned_as_accelerate_keeps_them(
+    bench: Bench, tmp_path: Path, fsdp: int, storage: str
+) -> None:
+    """In fp32 on a base of 16 bits; FSDP2 leaves them in theirs beside 4-bit weights. Plans said 16 bits of all."""
+    setup = Setup("shards", fsdp=fsdp, placement="shard", dtype="bfloat16", amp="bf16", storage=storage)
+    outcome = trial.run(setup, METHODS["lora_head"], bench.base, tmp_path)
+    assert outcome.error == ""
+    assert outcome.footprint is not None
+    assert outcome.planned is not None
+    assert outcome.footprint.rest == outcome.planned.rest
 
 
 TAKEN = Footprint(ranks=2, units=5, rest=90, base=60, whole=0, gathered=40, collectives=9)
