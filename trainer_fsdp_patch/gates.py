@@ -10,6 +10,7 @@ from typing import Any
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.patching.wrapping import Gate
 from trainer_fsdp_patch.planning.prepared import any_prepared, none_prepared, prepared_by, prepared_for, prepared_with
+from trainer_fsdp_patch.preparing import fsdp2
 from trainer_fsdp_patch.resuming import latest
 
 
@@ -101,6 +102,10 @@ def resumes_from_the_last(instance: Any, arguments: dict[str, Any]) -> bool:
 def resuming(instance: Any, arguments: dict[str, Any]) -> bool:
     """Such a Trainer is looking for its last checkpoint."""
     return latest.SEARCHING.get() is not None
+
+
+sharding = Planned(fsdp2.is_sharding)
+"""accelerate is making units of FSDP2 of a planned model."""
 
 
 def finds_batch_size(instance: Any, arguments: dict[str, Any]) -> bool:

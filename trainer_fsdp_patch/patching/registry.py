@@ -104,7 +104,7 @@ class Patch:
 
         Args:
             path: dotted path inside the target module.
-            parameters: names of the upstream function's parameters, in order.
+            parameters: names of the upstream function's parameters, in order; "..." at the end is any others.
             only: which calls the function gets, of `gates`; all others go upstream as they came. None is all calls.
         """
 

@@ -9,8 +9,16 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from trainer_fsdp_patch.errors import PlanError
-from trainer_fsdp_patch.inspecting import inventory
-from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, TensorInfo
+from trainer_fsdp_patch.inspecting.inventory import (
+    ADAPTER,
+    BASE,
+    PROJECTION,
+    QUANTIZED,
+    Inventory,
+    TensorInfo,
+    copied_modules,
+    take,
+)
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning import budget, expecting
 
@@ -110,6 +118,7 @@ def make_plan(
     adapter_budget: int | None = None,
     ranks: int = 1,
     unsharded: str = "",
+    inventory: Inventory | None = None,
 ) -> Plan:
     """Plan for one model; the model is read and not changed.
 
@@ -126,6 +135,7 @@ def make_plan(
             optimizer state; None is what `patch()` was given.
         ranks: over which FSDP shards.
         unsharded: why no trainable tensor may be sharded, or "".
+        inventory: of the model, where it was taken already.
 
     Returns:
         The plan.
@@ -135,8 +145,9 @@ def make_plan(
     """
     amp = _known("mixed_precision", mixed_precision, _AMP)
     _known("fsdp_version", fsdp_version, {1: None, 2: None})
-    tensors = inventory.take(model)
-    users = user_ignored(model, ignored_modules)
+    inventory = inventory or take(model)
+    tensors = inventory.tensors()
+    users = user_ignored(model, ignored_modules, inventory)
     roots = _roots(model, units)
     odd = odd_dtypes(tensors, roots) if fsdp_version == 1 else {}
     odd |= shared_by_units(tensors, roots)
@@ -145,7 +156,7 @@ def make_plan(
         budget.settings.adapter_budget if adapter_budget is None else adapter_budget,
     )
     budget.check_settings(asked.adapter_placement, asked.adapter_budget)
-    barred = budget.cannot_shard(tensors, fsdp_version, _homes(model, roots), inventory.copies(model))
+    barred = budget.cannot_shard(tensors, fsdp_version, _homes(model, roots), _copies(model, inventory))
     barred |= dict.fromkeys(users, "it is ignored")
     if fsdp_version == 1 and use_orig_params is False:
         unsharded = unsharded or "use_orig_params=False hides its name"
@@ -207,7 +218,12 @@ def shardable(tensor: TensorInfo) -> bool:
     return tensor.dtype in ("float32", "bfloat16", "float16")
 
 
-def user_ignored(model: Any, ignored: str | Iterable[Any] | None) -> set[str]:
+def _copies(model: Any, inventory: Inventory) -> set[str]:
+    """Names of the parameters of modules that are trained in place of the base's."""
+    return inventory.names_of(parameter for module in copied_modules(model) for parameter in module.parameters())
+
+
+def user_ignored(model: Any, ignored: str | Iterable[Any] | None, inventory: Inventory) -> set[str]:
     """Canonical names of the parameters in the user's ignored modules.
 
     Raises:
@@ -224,8 +240,7 @@ def user_ignored(model: Any, ignored: str | Iterable[Any] | None) -> set[str]:
         strangers = [module for module in chosen if id(module) not in inside]
         if strangers:
             _refuse_ignored(f"{type(strangers[0]).__name__} is no module of the model that is trained")
-    wanted = {id(parameter) for module in chosen for parameter in module.parameters()}
-    return {slot.name for slot in inventory.named_tensors(model) if id(slot.tensor) in wanted}
+    return inventory.names_of(parameter for module in chosen for parameter in module.parameters())
 
 
 def _matching(modules: dict[str, Any], text: str) -> list[Any]:

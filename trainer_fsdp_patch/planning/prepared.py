@@ -36,14 +36,16 @@ class Prepared:
         accelerator: gives the one that prepares the model, from `belongs_to` on, as long as it lives.
     """
 
-    def __init__(self, model: Any, plan: Plan, groups: Sequence[Any], *, native: bool = False) -> None:
+    def __init__(
+        self, model: Any, plan: Plan, groups: Sequence[Any], taken: inventory.Inventory, *, native: bool = False
+    ) -> None:
         self.model: Callable[[], Any] = weakref.ref(model)
         self.plan, self.groups, self.native = plan, groups, native
         self.roles = {item.tensor.name: item.tensor.role for item in plan.ignored}
         self.sharded = [item.tensor.name for item in plan.sharded]
         self.cast: Any = None
         self.accelerator: Callable[[], Any] = _nobody
-        self.refresh()
+        self.hold(taken)
 
     def belongs_to(self, accelerator: Any) -> None:
         """Remember which accelerator prepares the model."""
@@ -59,9 +61,13 @@ class Prepared:
         return next((item for item in getattr(owner, "_models", ()) if unwrap(item) is model), model)
 
     def refresh(self) -> None:
-        """Look the tensors up again, after moves that may have replaced objects."""
-        found = {slot.name: slot.tensor for slot in inventory.named_tensors(self.model()) if slot.name in self.roles}
-        self.names, self.tensors = list(found), list(found.values())
+        """Look the tensors up again, after moves that may have replaced objects, or where adapters have come."""
+        self.hold(inventory.take(self.model()))
+
+    def hold(self, taken: inventory.Inventory) -> None:
+        """Hold the tensors that an inventory has in their slots."""
+        tensors = {slot.name: slot.tensor for slot in taken.slots if slot.name in self.roles}
+        self.names, self.tensors = list(tensors), list(tensors.values())
         self.known = {id(tensor) for tensor in self.tensors}
 
     def of_adapter(self) -> dict[str, Any]:

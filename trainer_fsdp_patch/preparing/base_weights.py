@@ -15,7 +15,7 @@ from trainer_fsdp_patch.planning.prepared import Prepared
 logger = logging.getLogger("trainer_fsdp_patch")
 
 
-def synchronize(prepared: Prepared, accelerator: Any) -> None:
+def synchronize(prepared: Prepared, accelerator: Any, taken: inventory.Inventory) -> None:
     """Give every rank rank 0's bits of each tensor of the base that differs, as DDP does.
 
     An initialization of the adapter that alters the base, such as PiSSA's, draws random numbers, and each rank
@@ -24,13 +24,14 @@ def synchronize(prepared: Prepared, accelerator: Any) -> None:
     Args:
         prepared: a model whose ranks have agreed on the adapter.
         accelerator: the run's.
+        taken: the model's inventory.
 
     Raises:
         AdapterError: on all ranks, where their bases do not even have the same tensors.
     """
     if prepared.native or accelerator.num_processes == 1:
         return
-    named = _frozen(prepared, _is_broadcast_by_fsdp(prepared, accelerator))
+    named = _frozen(prepared, taken, _is_broadcast_by_fsdp(prepared, accelerator))
     _refuse_other_tensors(named)
     differing = _differing([tensor for _, tensor in named], accelerator.device) if named else []
     for index in differing:
@@ -56,18 +57,19 @@ def _is_broadcast_by_fsdp(prepared: Prepared, accelerator: Any) -> bool:
     return bool(plugin.cpu_ram_efficient_loading) and not packed
 
 
-def _frozen(prepared: Prepared, by_fsdp: bool) -> list[tuple[str, Any]]:
+def _frozen(prepared: Prepared, taken: inventory.Inventory, by_fsdp: bool) -> list[tuple[str, Any]]:
     """Weights and persistent buffers of the base by canonical name, each once, and what packed ones consist of.
 
     Args:
         prepared: the model's record.
+        taken: the model's inventory.
         by_fsdp: whether FSDP hands out what it shards, so that only what it ignores is left.
     """
     shared = {id(tensor) for tensor in prepared.of_adapter().values()}
     ignored = {id(tensor) for tensor in prepared.tensors}
     seen: set[int] = set()
     found = []
-    for slot in inventory.named_tensors(prepared.model()):
+    for slot in taken.slots:
         key = id(slot.tensor)
         ours = key in shared or slot.name in prepared.sharded
         # What code computes, and no state dict has, may be cached for as many positions as one rank has seen.

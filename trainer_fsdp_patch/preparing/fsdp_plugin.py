@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch.errors import PlanError, warn
 from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning import planning, units
 from trainer_fsdp_patch.planning.prepared import Prepared
 
@@ -107,7 +108,9 @@ def _users_policy(plugin: Any) -> Any:
     return policy
 
 
-def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any, unsharded: str) -> Plan:
+def plan_for(
+    model: Any, accelerator: Any, plugin: Any, policy: Any, unsharded: str, taken: inventory.Inventory
+) -> Plan:
     """Plan from accelerate's plugin.
 
     Args:
@@ -116,6 +119,7 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any, unsharded: 
         plugin: accelerate's FullyShardedDataParallelPlugin.
         policy: the user's own mixed-precision policy, or None.
         unsharded: why no trainable tensor may be sharded, or "".
+        taken: the model's inventory.
 
     Raises:
         PlanError: a setting contradicts the model.
@@ -134,6 +138,7 @@ def plan_for(model: Any, accelerator: Any, plugin: Any, policy: Any, unsharded: 
         units=unit_classes(plugin),
         ranks=shards(accelerator, plugin),
         unsharded=unsharded,
+        inventory=taken,
     )
     buffers = getattr(policy, "buffer_dtype", None)
     for item in plan.ignored:
@@ -222,11 +227,12 @@ def _wrap_policy(prepared: Prepared, plugin: Any) -> None:
         plugin.auto_wrap_policy = functools.partial(_allowed, policy=plugin.auto_wrap_policy, barred=barred)
     if not wanted:
         return
-    names = {id(slot.tensor): slot.name for slot in inventory.named_tensors(model)}
+    named = model.named_parameters(remove_duplicate=False)
+    sharded = {id(parameter) for name, parameter in named if canonical(name) in wanted}
     own = frozenset(
         id(module)
         for module in inventory.copied_modules(model)
-        if any(names[id(parameter)] in wanted for parameter in module.parameters())
+        if any(id(parameter) in sharded for parameter in module.parameters())
     )
     plugin.auto_wrap_policy = functools.partial(_or_own, policy=plugin.auto_wrap_policy, own=own)
 
