@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer_fsdp_patch.patching.registry import Status
-    from trainer_fsdp_patch.planning.planning import Plan
+    from trainer_fsdp_patch.planning.plan import Plan
 
 __all__ = ["__version__", "patch", "plan", "status", "unpatch"]
 __version__ = "0.1.0"
@@ -74,7 +74,7 @@ def plan(model: Any, **settings: Any) -> Plan:
 
     Args:
         model: a `torch.nn.Module` that carries a PEFT adapter; meta tensors will do.
-        settings: see `trainer_fsdp_patch.planning.planning.make_plan`.
+        settings: see `trainer_fsdp_patch.planning.plan.make_plan`.
 
     Returns:
         The plan; pure data, computed without a process group and without changing the model.
@@ -82,6 +82,6 @@ def plan(model: Any, **settings: Any) -> Plan:
     Raises:
         PlanError: a setting contradicts the plan.
     """
-    from trainer_fsdp_patch.planning import planning
+    from trainer_fsdp_patch.planning.plan import make_plan
 
-    return planning.make_plan(model, **settings)
+    return make_plan(model, **settings)

@@ -12,7 +12,7 @@ from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical, unwrap
 
 if TYPE_CHECKING:
-    from trainer_fsdp_patch.planning.planning import Plan
+    from trainer_fsdp_patch.planning.plan import Plan
 
 _PREPARED: weakref.WeakKeyDictionary[Any, Prepared] = weakref.WeakKeyDictionary()
 _PARTS: weakref.WeakKeyDictionary[Any, Callable[[], Any]] = weakref.WeakKeyDictionary()
@@ -28,7 +28,7 @@ class Prepared:
     Attributes:
         plan: the plan.
         names: canonical names of the ignored tensors; tensors: the tensors, in the same order.
-        sharded: canonical names of the trainable tensors that FSDP shards, whose gradients it averages itself.
+        sharded_names: canonical names of the trainable tensors that FSDP shards, whose gradients it averages itself.
         known: identities of the tensors.
         cast: dtype that a user, or the Trainer, has cast these to since, or None.
         groups: data-parallel process groups that gradients are averaged over.
@@ -42,7 +42,7 @@ class Prepared:
         self.model: Callable[[], Any] = weakref.ref(model)
         self.plan, self.groups, self.native = plan, groups, native
         self.roles = {item.tensor.name: item.tensor.role for item in plan.ignored}
-        self.sharded = [item.tensor.name for item in plan.sharded]
+        self.sharded_names = [item.tensor.name for item in plan.sharded]
         self.cast: Any = None
         self.accelerator: Callable[[], Any] = _nobody
         self.hold(taken)
@@ -100,13 +100,13 @@ class Prepared:
 
     def shards(self) -> set[int]:
         """Trainable parameters of which this rank has a part, by identity."""
-        named = self.model().named_parameters() if self.sharded else ()
+        named = self.model().named_parameters() if self.sharded_names else ()
         return {id(parameter) for name, parameter in named if self.is_sharded(name)}
 
     def is_sharded(self, name: str) -> bool:
         """Whether FSDP has a parameter; FSDP1 may show it as a flat one of its unit."""
         name = canonical(name)
-        return name in self.sharded or (bool(self.sharded) and name.endswith("_flat_param"))
+        return name in self.sharded_names or (bool(self.sharded_names) and name.endswith("_flat_param"))
 
 
 def prepared_for(model: Any) -> Prepared | None:

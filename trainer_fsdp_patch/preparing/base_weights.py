@@ -71,7 +71,7 @@ def _frozen(prepared: Prepared, taken: inventory.Inventory, by_fsdp: bool) -> li
     found = []
     for slot in taken.slots:
         key = id(slot.tensor)
-        ours = key in shared or slot.name in prepared.sharded
+        ours = key in shared or slot.name in prepared.sharded_names
         # What code computes, and no state dict has, may be cached for as many positions as one rank has seen.
         if ours or not slot.persistent or (by_fsdp and key not in ignored) or key in seen:
             continue

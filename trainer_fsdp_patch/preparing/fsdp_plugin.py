@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from trainer_fsdp_patch.errors import PlanError, warn
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.planning import planning, units
+from trainer_fsdp_patch.planning import units
+from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from trainer_fsdp_patch.planning.planning import Plan
+    from trainer_fsdp_patch.planning.plan import Plan
 
 _ASKED = "_trainer_fsdp_patch_asked"
 _IGNORED = "_trainer_fsdp_patch_ignored"
@@ -128,7 +129,7 @@ def plan_for(
         # accelerate is going to read it once more.
         plugin.ignored_modules = list(plugin.ignored_modules)
     dtype = getattr(policy, "param_dtype", None)
-    plan = planning.make_plan(
+    plan = make_plan(
         model,
         fsdp_version=version_of(plugin),
         mixed_precision=accelerator.mixed_precision,
@@ -189,7 +190,7 @@ def set_flags(prepared: Prepared, plugin: Any, explicit: Any) -> None:
         # FSDP1 would round RoPE tables and projections in place, FSDP2 the loss: None leaves both alone.
         spared = {"buffer_dtype": None} if plan.fsdp_version == 1 else {"output_dtype": None}
         # What FSDP averages of an adapter it averages in fp32, as the rest of it is.
-        reduced = torch.float32 if prepared.sharded and dtype is not None else dtype
+        reduced = torch.float32 if prepared.sharded_names and dtype is not None else dtype
         policy = dataclasses.replace(policy, param_dtype=dtype, reduce_dtype=reduced, **spared)
         plugin.mixed_precision_policy = policy
         setattr(plugin, _POLICY, policy)
@@ -219,7 +220,7 @@ def _wrap_policy(prepared: Prepared, plugin: Any) -> None:
     """Keep FSDP1's units by size to modules that can be units, and add those of whole modules that are trained."""
     from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
-    model, wanted = prepared.model(), set(prepared.sharded)
+    model, wanted = prepared.model(), set(prepared.sharded_names)
     plugin.auto_wrap_policy = _users_policy(plugin)
     plugin.set_auto_wrap_policy(model)
     if getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is size_based_auto_wrap_policy:

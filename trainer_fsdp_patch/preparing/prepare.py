@@ -9,7 +9,8 @@ from typing import Any
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, PlanError
 from trainer_fsdp_patch.inspecting import inventory
-from trainer_fsdp_patch.planning import budget, planning
+from trainer_fsdp_patch.planning import budget
+from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_for
 from trainer_fsdp_patch.preparing import base_weights, fsdp_plugin, later
 from trainer_fsdp_patch.saving import adapter_state
@@ -51,7 +52,7 @@ def prepare(trainer: Any, model: Any, *, training: bool = False) -> Prepared | N
     taken = inventory.take(model)
     if native:
         why = "transformers has sharded the base, and shards no adapter"
-        plan = planning.make_plan(model, mixed_precision=accelerator.mixed_precision, unsharded=why, inventory=taken)
+        plan = make_plan(model, mixed_precision=accelerator.mixed_precision, unsharded=why, inventory=taken)
         return settle(accelerator, Prepared(model, plan, [None], taken, native=True), taken)
     plugin = accelerator.state.fsdp_plugin
     fsdp_plugin.warn_of_flag(plugin, trainer.args.fsdp_config or {})
@@ -186,8 +187,8 @@ def materialize(prepared: Prepared, device: Any, taken: inventory.Inventory) -> 
             tensor.data = tensor.data.to(device)
         shared.append(tensor)
     collectives.broadcast(shared)
-    for slot in taken.slots if prepared.sharded else ():
-        if slot.name in prepared.sharded and not slot.tensor.is_meta:
+    for slot in taken.slots if prepared.sharded_names else ():
+        if slot.name in prepared.sharded_names and not slot.tensor.is_meta:
             # One at a time: they are sharded because each rank has no room for all.
             full = slot.tensor.data.to(device)
             collectives.broadcast([full])

@@ -119,9 +119,9 @@ def load_model_state_dict(
     state = _LOADING.get()
     if state is None or state.prepared is not prepared:
         state = None
-    if prepared.sharded and state is None:
+    if prepared.sharded_names and state is None:
         found = "is sharded, and was asked for by Accelerator.load_state"
-        raise _refused(prepared.sharded[0], found)
+        raise _refused(prepared.sharded_names[0], found)
     try:
         _copy_in(model, prepared, state_dict, {} if state is None else state.read)
     except AdapterError as error:

@@ -20,7 +20,7 @@ def full_tensors(model: Any, prepared: Prepared) -> dict[str, Any]:
         prepared: its record.
     """
     found: dict[str, Any] = {}
-    if prepared.sharded:
+    if prepared.sharded_names:
         with _summoned(model, writeback=False):
             for name, tensor in _named(model, prepared):
                 with collectives.collective("gathering of the adapter"):
@@ -51,14 +51,14 @@ def own_units(model: Any) -> list[Any]:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     prepared = prepared_for(model)
-    if prepared is None or not prepared.sharded or prepared.plan.fsdp_version != 1:
+    if prepared is None or not prepared.sharded_names or prepared.plan.fsdp_version != 1:
         return []
-    found = []
-    for name, module in unwrap(model).named_modules():
-        prefix = f"{canonical(name)}."
-        if isinstance(module, FullyShardedDataParallel) and any(item.startswith(prefix) for item in prepared.sharded):
-            found.append(module)
-    return found
+    wrapped = [
+        (f"{canonical(name)}.", module)
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, FullyShardedDataParallel)
+    ]
+    return [module for prefix, module in wrapped if any(name.startswith(prefix) for name in prepared.sharded_names)]
 
 
 def names_of(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def scatter(model: Any, prepared: Prepared, values: dict[str, Any]) -> None:
     """
     import torch
 
-    wanted = collectives.all_gather_object(sorted(values), "load of a checkpoint")[0] if prepared.sharded else []
+    wanted = collectives.all_gather_object(sorted(values), "load of a checkpoint")[0] if prepared.sharded_names else []
     if not wanted:
         return
     with torch.no_grad(), _summoned(model, writeback=True):
@@ -128,13 +128,13 @@ def part(tensor: Any, value: Any) -> Any:
 
 def _named(model: Any, prepared: Prepared) -> list[tuple[str, Any]]:
     """In the order of the plan, which all ranks share."""
-    wanted = set(prepared.sharded)
+    wanted = set(prepared.sharded_names)
     found = {
         canonical(name): tensor
         for name, tensor in unwrap(model).named_parameters(remove_duplicate=False)
         if canonical(name) in wanted
     }
-    return [(name, found[name]) for name in prepared.sharded if name in found]
+    return [(name, found[name]) for name in prepared.sharded_names if name in found]
 
 
 def make_root(model: Any) -> None:
