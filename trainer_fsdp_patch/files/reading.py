@@ -6,14 +6,21 @@ import json
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.names import canonical, file_key
 
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.checkpoint.metadata import Metadata
+
 SAFE, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 FSDP_FULL, FSDP_SHARDED = "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0"
 STATE = "trainer_state.json"
+
+Json = dict[str, object]
+"""A JSON object."""
 
 _METADATA = {
     "pathlib": {"PosixPath", "PurePosixPath"},
@@ -39,7 +46,7 @@ _METADATA = {
 class _Index(pickle.Unpickler):
     """Reads the index of a distributed checkpoint; torch's own reader would run any pickle."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         import torch
 
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -67,7 +74,7 @@ def adapter_folders(folder: Path) -> list[Path]:
     return [item for item in (folder, *below) if adapter_file(item) or (item / CONFIG).is_file()]
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of an adapter file or of a pickled state dict, on the CPU.
 
     Raises:
@@ -87,7 +94,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     return found
 
 
-def fsdp_part(folder: Path) -> dict[str, Any]:
+def fsdp_part(folder: Path) -> dict[str, torch.Tensor]:
     """The model part of a resume checkpoint, whole, full or sharded; {} where there is none.
 
     Raises:
@@ -103,7 +110,7 @@ def fsdp_part(folder: Path) -> dict[str, Any]:
         raise unreadable(folder / FSDP_SHARDED, error) from error
 
 
-def _sharded(folder: Path) -> dict[str, Any]:
+def _sharded(folder: Path) -> dict[str, torch.Tensor]:
     import warnings
 
     import torch
@@ -112,10 +119,10 @@ def _sharded(folder: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     with (folder / ".metadata").open("rb") as file:
-        index = _Index(file).load()
+        index: Metadata = _Index(file).load()
 
     class Reader(FileSystemReader):
-        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
             return index
 
     entries = index.state_dict_metadata.items()
@@ -131,7 +138,7 @@ def _sharded(folder: Path) -> dict[str, Any]:
     return {name.removeprefix("model."): tensor for name, tensor in found.items()}
 
 
-def text(path: Path) -> dict[str, Any]:
+def text(path: Path) -> Json:
     """A JSON file.
 
     Raises:
@@ -157,7 +164,7 @@ def unreadable(path: Path, error: BaseException) -> AdapterError:
     )
 
 
-def adapter_only(folder: Path, adapter: str = "default") -> dict[str, Any]:
+def adapter_only(folder: Path, adapter: str = "default") -> dict[str, torch.Tensor]:
     """The adapter's part of what a run resumes from, by the keys of an adapter file.
 
     Args:

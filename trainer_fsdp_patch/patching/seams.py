@@ -9,10 +9,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.patching import registry, wrapping
+
+Entry = dict[str, str | list[str]]
+"""What is recorded of one upstream function."""
 
 RECORD = Path(__file__).with_name("seams.json")
 """What the newest tested releases have, written by `seams --record`."""
@@ -64,7 +66,7 @@ def known() -> Iterator[tuple[str, str, tuple[str, ...]]]:
         yield target, path, tuple(names)
 
 
-def look(target: str, path: str) -> dict[str, Any] | None:
+def look(target: str, path: str) -> Entry | None:
     """Parameters of an upstream function and a digest of its source, or None where it is not there.
 
     Of what the target imports from another package there is only its name: that package has releases of its own.
@@ -101,7 +103,7 @@ def moves() -> list[Move]:
     return found
 
 
-def _difference(then: dict[str, Any] | None, now: dict[str, Any] | None) -> tuple[str, str]:
+def _difference(then: Entry | None, now: Entry | None) -> tuple[str, str]:
     if then is None or now is None:
         return ("same" if then is now else "new" if then is None else "gone"), ""
     if "imported" in then or "imported" in now:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.errors import PlanError
@@ -59,7 +58,7 @@ def check_settings(adapter_placement: str, adapter_budget: int | None) -> None:
         _refuse("adapter_budget", adapter_budget, "Give a number of bytes, such as 2 * 2**30, or leave it out")
 
 
-def _refuse(setting: str, found: Any, remedy: str) -> None:
+def _refuse(setting: str, found: object, remedy: str) -> None:
     raise PlanError(setting, repr(found), "No plan was made", remedy, setting=setting)
 
 

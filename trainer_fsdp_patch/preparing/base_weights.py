@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import bits, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared
 
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
 logger = logging.getLogger("trainer_fsdp_patch")
 
 
-def synchronize(prepared: Prepared, accelerator: Any) -> None:
+def synchronize(prepared: Prepared, accelerator: Accelerator) -> None:
     """Give every rank rank 0's bits of each tensor of the base that differs, as DDP does.
 
     An initialization of the adapter that alters the base, such as PiSSA's, draws random numbers, and each rank
@@ -46,7 +50,7 @@ def synchronize(prepared: Prepared, accelerator: Any) -> None:
 _COMPARISON = "comparison of the frozen base"
 
 
-def _is_broadcast_by_fsdp(prepared: Prepared, accelerator: Any) -> bool:
+def _is_broadcast_by_fsdp(prepared: Prepared, accelerator: Accelerator) -> bool:
     """Whether rank 0 alone has loaded the base, or hands out its own anyhow."""
     plugin = accelerator.state.fsdp_plugin
     if prepared.plan.fsdp_version == 1:
@@ -56,7 +60,7 @@ def _is_broadcast_by_fsdp(prepared: Prepared, accelerator: Any) -> bool:
     return bool(plugin.cpu_ram_efficient_loading) and not packed
 
 
-def _frozen(prepared: Prepared, by_fsdp: bool) -> list[tuple[str, Any]]:
+def _frozen(prepared: Prepared, by_fsdp: bool) -> list[tuple[str, torch.Tensor]]:
     """Weights and persistent buffers of the base by canonical name, each once, and what packed ones consist of.
 
     Args:
@@ -78,7 +82,7 @@ def _frozen(prepared: Prepared, by_fsdp: bool) -> list[tuple[str, Any]]:
     return found
 
 
-def _parts(tensor: Any) -> Iterator[tuple[str, Any]]:
+def _parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """A tensor, or what it is made of; and the statistics that quantizers keep beside packed numbers."""
     import torch
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -101,7 +105,7 @@ def _parts(tensor: Any) -> Iterator[tuple[str, Any]]:
                 pending.append((f"{prefix}.{key}", value))
 
 
-def _refuse_other_tensors(named: list[tuple[str, Any]]) -> None:
+def _refuse_other_tensors(named: list[tuple[str, torch.Tensor]]) -> None:
     """Refuse bases of which one rank has other tensors; the lists are exchanged only where they differ.
 
     Raises:
@@ -124,7 +128,7 @@ def _refuse_other_tensors(named: list[tuple[str, Any]]) -> None:
     )
 
 
-def _differing(tensors: list[Any], device: Any) -> list[int]:
+def _differing(tensors: list[torch.Tensor], device: torch.device) -> list[int]:
     """Places of the tensors whose bits are not the same on all ranks; those on meta somewhere are FSDP's to fill."""
     import torch
     import torch.distributed as dist

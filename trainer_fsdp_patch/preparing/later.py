@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError
@@ -10,8 +10,11 @@ from trainer_fsdp_patch.planning.prepared import Prepared
 from trainer_fsdp_patch.saving import adapter_state
 from trainer_fsdp_patch.training import steps
 
+if TYPE_CHECKING:
+    import torch
 
-def take_up(prepared: Prepared, device: Any) -> None:
+
+def take_up(prepared: Prepared, device: torch.device) -> None:
     """Replicate, broadcast and average them as the plan has it for the first ones; all ranks call this alike.
 
     Args:
@@ -34,7 +37,7 @@ def take_up(prepared: Prepared, device: Any) -> None:
     adapter_state.note_keys(prepared, adapter_state.keys(model, adapter_state.live(model, prepared)))
 
 
-def _agree(items: dict[str, Any]) -> None:
+def _agree(items: dict[str, object]) -> None:
     found = collectives.first_difference(items, "comparison of adapters that came later")
     if found is not None:
         name, rank, *_ = found

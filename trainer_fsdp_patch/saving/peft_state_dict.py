@@ -14,11 +14,14 @@ from trainer_fsdp_patch.saving import adapter_state, gathering, naming
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 _FLAT = "_flat_param"
 
 
-def answer(upstream: Callable[..., Any], arguments: dict[str, Any], *, to_file: bool) -> Any:
+def answer(
+    upstream: Callable[..., dict[str, torch.Tensor]], arguments: dict[str, Any], *, to_file: bool
+) -> dict[str, torch.Tensor]:
     """What peft's `get_peft_model_state_dict` gives of a planned model.
 
     Without a state dict the answer takes no collective: the adapter is whole on each rank, so that one of them may ask
@@ -41,7 +44,7 @@ def answer(upstream: Callable[..., Any], arguments: dict[str, Any], *, to_file: 
     prepared = prepared_for(arguments["model"])
     assert prepared is not None
 
-    def call(found: dict[str, Any]) -> Any:
+    def call(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         others = {key: value for key, value in arguments.items() if key not in ("model", "state_dict")}
         return naming.call_with_canonical_names(upstream, arguments["model"], state_dict=found, **others)
 
@@ -64,7 +67,9 @@ def answer(upstream: Callable[..., Any], arguments: dict[str, Any], *, to_file: 
     return result
 
 
-def _asked(call: Callable[[dict[str, Any]], Any], model: Any, prepared: Prepared) -> Any:
+def _asked(
+    call: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], model: nn.Module, prepared: Prepared
+) -> dict[str, torch.Tensor]:
     """The answer without a state dict: first with empty tensors for what is sharded, to see whether any is asked."""
     bare = unwrap(model)
     own = adapter_state.persistent(bare, prepared.of_adapter()) | adapter_state.added(bare, prepared)
@@ -93,11 +98,11 @@ def absent() -> type[torch.Tensor]:
     return type("Absent", (torch.Tensor,), {})
 
 
-def _empty(model: Any, prepared: Prepared, known: set[str]) -> dict[str, Any]:
+def _empty(model: nn.Module, prepared: Prepared, known: set[str]) -> dict[str, torch.Tensor]:
     """Tensors without memory in the place of what is sharded and a file may have."""
     import torch
 
-    def empty(*shape: int) -> Any:
+    def empty(*shape: int) -> torch.Tensor:
         return torch.zeros(()).expand(shape).as_subclass(absent())
 
     found = {item.tensor.name: empty(*item.tensor.shape) for item in prepared.plan.sharded}
@@ -113,7 +118,7 @@ def _empty(model: Any, prepared: Prepared, known: set[str]) -> dict[str, Any]:
     return found
 
 
-def _parts(found: dict[str, Any], prepared: Prepared) -> list[str]:
+def _parts(found: dict[str, torch.Tensor], prepared: Prepared) -> list[str]:
     """Tensors of the adapter of which a state dict has what one rank holds."""
     parts = []
     for item in prepared.plan.sharded:
@@ -123,7 +128,9 @@ def _parts(found: dict[str, Any], prepared: Prepared) -> list[str]:
     return parts
 
 
-def _look_at(result: dict[str, Any], parts: list[str], given: dict[str, Any], *, to_file: bool) -> None:
+def _look_at(
+    result: dict[str, torch.Tensor], parts: list[str], given: dict[str, torch.Tensor], *, to_file: bool
+) -> None:
     """Refuse, or outside of a save warn of, an answer that one process would not give.
 
     Raises:

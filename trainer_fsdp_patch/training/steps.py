@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError
@@ -14,6 +14,13 @@ from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning.prepared import Prepared, held_by, prepared_for
 from trainer_fsdp_patch.saving import liveness
 from trainer_fsdp_patch.training import elementwise, gradients
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import nn
+
+Result = TypeVar("Result")
 
 _STEPS: weakref.WeakKeyDictionary[Prepared, Steps] = weakref.WeakKeyDictionary()
 
@@ -34,7 +41,7 @@ class Steps:
         self.optimizers: set[tuple[int, int]] = set()
 
 
-def watch(prepared: Prepared, accelerator: Any) -> None:
+def watch(prepared: Prepared, accelerator: Accelerator) -> None:
     """Average from now on at the end of each backward pass, and before a step that finds something left.
 
     Args:
@@ -59,7 +66,7 @@ def watch(prepared: Prepared, accelerator: Any) -> None:
     _STEPS[prepared] = Steps(gradients.Averaging(prepared.tensors, average, synchronises), trained)
     model.register_forward_hook(watch_outputs)
 
-    def before(optimizer: Any, args: Any, kwargs: Any) -> None:
+    def before(optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         found = record()
         if found is not None:
             before_step(found, optimizer)
@@ -84,7 +91,7 @@ def average_replicated(prepared: Prepared) -> None:
     liveness.of(prepared).note_gradients()
 
 
-def take_up(prepared: Prepared, later: dict[str, Any]) -> None:
+def take_up(prepared: Prepared, later: dict[str, torch.Tensor]) -> None:
     """Average and compare adapters that came after the plan too from now on.
 
     Args:
@@ -98,7 +105,7 @@ def take_up(prepared: Prepared, later: dict[str, Any]) -> None:
         averaging.note(later.values())
 
 
-def before_step(prepared: Prepared, optimizer: Any) -> None:
+def before_step(prepared: Prepared, optimizer: torch.optim.Optimizer) -> None:
     """Before an optimizer's step: average what no pass has averaged, and refuse what cannot be averaged.
 
     Args:
@@ -121,7 +128,7 @@ def before_step(prepared: Prepared, optimizer: Any) -> None:
     liveness.of(prepared).note_step(optimizer)
 
 
-def _refuse_unknown(prepared: Prepared, stepped: list[Any]) -> None:
+def _refuse_unknown(prepared: Prepared, stepped: list[torch.Tensor]) -> None:
     others = {id(parameter) for parameter in stepped if parameter.requires_grad} - prepared.known
     for name, parameter in prepared.model().named_parameters() if others else ():
         owned = isinstance(parameter, inventory.dtensor()) or prepared.is_sharded(name)
@@ -135,7 +142,7 @@ def _refuse_unknown(prepared: Prepared, stepped: list[Any]) -> None:
             )
 
 
-def after_backward(upstream: Callable[[], Any], accelerator: Any) -> Any:
+def after_backward(upstream: Callable[[], Result], accelerator: Accelerator) -> Result:
     """Average the replicated gradients of every planned model after a backward pass of accelerate's.
 
     Args:
@@ -146,7 +153,7 @@ def after_backward(upstream: Callable[[], Any], accelerator: Any) -> Any:
     return gradients.backward(upstream, accelerator, [item for item in found if item is not None])
 
 
-def watch_outputs(module: Any, args: Any, output: Any) -> None:
+def watch_outputs(module: nn.Module, args: tuple[object, ...], output: object) -> None:
     """Forward hook of a planned model. It is a function of a module, so that models with it can be pickled.
 
     Args:
