@@ -50,10 +50,10 @@ def collective(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        found = _first_failure() or (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = _first_failure() or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RankError(
             what,
-            f"another rank has ended or does not answer ({found})",
+            f"another rank has ended or does not answer ({cause})",
             "This rank stops too; what was saved before is untouched",
             "See the log of the rank that ended first, and resume from the last checkpoint",
         ) from error
@@ -298,10 +298,10 @@ def any_rank(flag: bool, device: torch.device, what: str) -> bool:
     import torch
     import torch.distributed as dist
 
-    found = torch.tensor(int(flag), device=device)
+    highest = torch.tensor(int(flag), device=device)
     with collective(what):
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return bool(highest)
 
 
 def _buckets(tensors: Sequence[TensorType]) -> Iterator[list[TensorType]]:

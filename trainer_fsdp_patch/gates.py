@@ -55,10 +55,10 @@ def around(name: str = "module") -> Gate:
     """
 
     def gate(instance: object, arguments: Kwargs) -> bool:
-        found: Any = arguments.get(name)
-        if not inventory.is_module(found):
+        module: Any = arguments.get(name)
+        if not inventory.is_module(module):
             return False
-        return prepared_with(found) is not None or any(prepared_for(item) is not None for item in found.modules())
+        return prepared_with(module) is not None or any(prepared_for(item) is not None for item in module.modules())
 
     return Planned(gate)
 
@@ -86,11 +86,11 @@ def fsdp_trainer(instance: object, arguments: Kwargs) -> bool:
 
     The model is the argument `model` where there is one, else the Trainer's.
     """
-    found = arguments["model"] if "model" in arguments else getattr(instance, "model", None)
-    if not inventory.is_module(found):
+    model = arguments["model"] if "model" in arguments else getattr(instance, "model", None)
+    if not inventory.is_module(model):
         return False
-    under = getattr(instance, "is_fsdp_enabled", False) is True or inventory.is_native(found)
-    return under and (prepared_for(found) is not None or inventory.has_adapter(found))
+    under = getattr(instance, "is_fsdp_enabled", False) is True or inventory.is_native(model)
+    return under and (prepared_for(model) is not None or inventory.has_adapter(model))
 
 
 def resumes_from_the_last(instance: object, arguments: Kwargs) -> bool:
@@ -118,11 +118,11 @@ def accelerator(instance: object, arguments: Kwargs) -> bool:
 
 def saved_model(instance: object, arguments: Kwargs) -> bool:
     """The method is of an Accelerator, and `model` is planned, or has an adapter that FSDP is yet to wrap."""
-    found = arguments.get("model")
-    if prepared_for(found) is not None:
+    model = arguments.get("model")
+    if prepared_for(model) is not None:
         return True
     plugin = getattr(getattr(instance, "state", None), "fsdp_plugin", None)
-    return plugin is not None and inventory.is_module(found) and inventory.is_unwrapped_adapter(found)
+    return plugin is not None and inventory.is_module(model) and inventory.is_unwrapped_adapter(model)
 
 
 @Planned

@@ -86,12 +86,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise unreadable(path, error) from error
-    if not isinstance(found, dict) or not all(isinstance(item, torch.Tensor) for item in found.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(item, torch.Tensor) for item in loaded.values()):
         raise unreadable(path, TypeError("it is no dictionary of tensors"))
-    return found
+    return loaded
 
 
 def fsdp_part(folder: Path) -> dict[str, torch.Tensor]:
@@ -126,7 +126,7 @@ def _sharded(folder: Path) -> dict[str, torch.Tensor]:
             return index
 
     entries = index.state_dict_metadata.items()
-    found = {
+    tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries
         if isinstance(entry, TensorStorageMetadata)
@@ -134,8 +134,8 @@ def _sharded(folder: Path) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
         # It says that no process group exists, which is so.
         warnings.simplefilter("ignore")
-        load(found, storage_reader=Reader(folder))
-    return {name.removeprefix("model."): tensor for name, tensor in found.items()}
+        load(tensors, storage_reader=Reader(folder))
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
 def text(path: Path) -> Json:
@@ -145,20 +145,20 @@ def text(path: Path) -> Json:
         AdapterError: it is absent, truncated, or no object.
     """
     try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
             raise TypeError("it is no JSON object")
     except (OSError, ValueError, TypeError) as error:
         raise unreadable(path, error) from error
-    return found
+    return content
 
 
 def unreadable(path: Path, error: BaseException) -> AdapterError:
     """Error that says what is wrong with a file."""
-    found = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return AdapterError(
         str(path),
-        f"cannot be read: {found}",
+        f"cannot be read: {why}",
         "Nothing was loaded from it",
         "Take the file of another save; `python -m trainer_fsdp_patch verify` tells which are whole",
     )
@@ -175,11 +175,13 @@ def adapter_only(folder: Path, adapter: str = "default") -> dict[str, torch.Tens
         Tensors on the CPU; {} where there is no such part or where it cannot be read.
     """
     try:
-        found = {canonical(key): tensor for key, tensor in fsdp_part(folder).items()}
+        tensors = {canonical(key): tensor for key, tensor in fsdp_part(folder).items()}
     except AdapterError:
         return {}
-    live = {key: tensor for key, tensor in found.items() if adapter in key.split(".")}
-    found = {file_key(key, adapter): tensor for key, tensor in live.items()} if live else found
+    live = {key: tensor for key, tensor in tensors.items() if adapter in key.split(".")}
+    tensors = {file_key(key, adapter): tensor for key, tensor in live.items()} if live else tensors
     # What all layers share stands in a model's state dict once for each layer, and in a file once.
-    shared = {key.removeprefix("base_model.") for key in found if key.count(".") == 1}
-    return {key: tensor for key, tensor in found.items() if key.count(".") == 1 or key.rpartition(".")[2] not in shared}
+    shared = {key.removeprefix("base_model.") for key in tensors if key.count(".") == 1}
+    return {
+        key: tensor for key, tensor in tensors.items() if key.count(".") == 1 or key.rpartition(".")[2] not in shared
+    }

@@ -61,9 +61,9 @@ def verify_path(where: Path) -> list[Finding]:
     checkpoint = is_checkpoint(where)
     runs = reading.checkpoints(where) if where.is_dir() else []
     if not folders and not checkpoint and not runs:
-        found = "no adapter and no checkpoint in it" if where.is_dir() else "does not exist"
+        nothing = "no adapter and no checkpoint in it" if where.is_dir() else "does not exist"
         remedy = "Give an adapter file, the folder of one, or a checkpoint of a Trainer"
-        raise AdapterError(str(where), found, "There is nothing to verify", remedy)
+        raise AdapterError(str(where), nothing, "There is nothing to verify", remedy)
     findings = [item for folder in folders for item in _folder(folder)]
     findings += [item for run in runs for item in verify_path(run)]
     return findings + (list(_checkpoint(where, adapter=bool(folders))) if checkpoint else [])
@@ -181,10 +181,10 @@ def _values(tensors: dict[str, torch.Tensor]) -> Iterator[Fault]:
 
 def one_rank(tensors: dict[str, torch.Tensor]) -> Iterator[Fault]:
     """Matrices of which one rank's rows have values and all others are zero."""
-    found = {key: shard for key, tensor in tensors.items() if (shard := _shard(tensor))}
-    if found:
-        key, (rank, ranks) = next(iter(found.items()))
-        yield key, "one-rank", f"{len(found)} tensors hold the rows of rank {rank} of {ranks} only, the rest is zero"
+    shards = {key: shard for key, tensor in tensors.items() if (shard := _shard(tensor))}
+    if shards:
+        key, (rank, ranks) = next(iter(shards.items()))
+        yield key, "one-rank", f"{len(shards)} tensors hold the rows of rank {rank} of {ranks} only, the rest is zero"
 
 
 def _shard(tensor: torch.Tensor) -> tuple[int, int] | None:

@@ -91,10 +91,10 @@ def fault(ours: Footprint, planned: Footprint | None, stock: Footprint | None) -
         for name in names if other is not None else ():
             if name == "units" and other is stock and ours.whole:
                 continue
-            found, wanted = getattr(ours, name), getattr(other, name)
-            if found is None or wanted is None or found == wanted or (found < wanted) != (name == "units"):
+            taken, wanted = getattr(ours, name), getattr(other, name)
+            if taken is None or wanted is None or taken == wanted or (taken < wanted) != (name == "units"):
                 continue
-            return f"{found} {_SAID[name]}, {whose} {wanted}"
+            return f"{taken} {_SAID[name]}, {whose} {wanted}"
     return ""
 
 
@@ -172,8 +172,8 @@ class GroupUnit(Unit):
         return int(getattr(self.owner.mesh_info, "shard_mesh_size", 1))
 
     def shards(self) -> dict[str, int]:
-        found = (_stored(item._sharded_param_data) for item in self.owner.fsdp_params)
-        return dict(zip(self.elements, found, strict=True))
+        sizes = (_stored(item._sharded_param_data) for item in self.owner.fsdp_params)
+        return dict(zip(self.elements, sizes, strict=True))
 
     def gathered(self) -> int:
         # A unit that is asked for counts from then on. While it is copied out of the buffer it exists twice for a
@@ -199,14 +199,14 @@ def units(model: nn.Module) -> list[Unit]:
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(canonical(name))
-    found: dict[int, Unit] = {}
+    by_owner: dict[int, Unit] = {}
     for module in model.modules():
         handle = getattr(module, "_handle", None) if isinstance(module, FullyShardedDataParallel) else None
         if handle is not None:
-            found[id(handle)] = _flat(handle, names)
+            by_owner[id(handle)] = _flat(handle, names)
         for group in groups(module):
-            found[id(group)] = _group(group, names)
-    return list(found.values())
+            by_owner[id(group)] = _group(group, names)
+    return list(by_owner.values())
 
 
 def state_of(module: nn.Module) -> FSDPState | None:

@@ -44,7 +44,7 @@ class Move:
         seam: module and dotted path.
         patches: names of the patches that wrap it, in any release; none where it is only watched.
         state: same, body (only the body changed), signature, gone, or new.
-        detail: what was recorded and what is found, where they differ.
+        detail: what was recorded and what is there now, where they differ.
     """
 
     seam: str
@@ -94,13 +94,13 @@ def digest(source: str) -> str:
 def moves() -> list[Move]:
     """Compare the installed releases with the record; every seam is in the result."""
     record = json.loads(RECORD.read_text())["seams"]
-    found = []
+    compared = []
     for target, path, names in known():
         seam = f"{target}.{path}"
         then, now = record.get(seam), look(target, path)
         state, detail = _difference(then, now)
-        found.append(Move(seam, names, state, detail))
-    return found
+        compared.append(Move(seam, names, state, detail))
+    return compared
 
 
 def _difference(then: Entry | None, now: Entry | None) -> tuple[str, str]:

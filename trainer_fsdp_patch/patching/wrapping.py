@@ -181,14 +181,14 @@ def check(module: ModuleType, seam: Seam) -> None:
         raise PatchError(f"{module.__name__} has no {seam.path}", found="nothing") from None
     function = getattr(original, "__func__", original)
     try:
-        found = tuple(inspect.signature(function).parameters)
+        takes = tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError) as error:
         raise PatchError(f"{module.__name__}.{seam.path} is not a function", found=repr(original)) from error
-    if found != seam.parameters:
+    if takes != seam.parameters:
         wanted = ", ".join(seam.parameters)
         raise PatchError(
-            f"{module.__name__}.{seam.path} takes ({', '.join(found)}), the patch knows ({wanted})",
-            found=", ".join(found),
+            f"{module.__name__}.{seam.path} takes ({', '.join(takes)}), the patch knows ({wanted})",
+            found=", ".join(takes),
         )
     seam.foreign = stranger(function, module)
 
@@ -217,13 +217,13 @@ def replaced(module: ModuleType, seam: Seam) -> str:
     if not seam.live:
         return ""
     try:
-        found = resolve(module, seam.path)[2]
+        raw = resolve(module, seam.path)[2]
     except AttributeError:
         return "somebody who removed it"
-    if _carries(found, seam._wrapper):
-        seam.foreign = seam.foreign or stranger(found, module)
+    if _carries(raw, seam._wrapper):
+        seam.foreign = seam.foreign or stranger(raw, module)
         return ""
-    function = getattr(found, "__func__", found)
+    function = getattr(raw, "__func__", raw)
     return stranger(function, module) or str(getattr(function, "__module__", None) or "somebody unknown")
 
 

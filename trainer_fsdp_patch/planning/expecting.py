@@ -36,14 +36,14 @@ def units(model: nn.Module, tensors: Iterable[str], names: list[str], fsdp_versi
     homes = {name: name for name in together}
     for group in _carved(model, set(names)) if fsdp_version == 2 else ():
         homes |= dict.fromkeys(group, group[0])
-    found: dict[str, list[str]] = {"": []}
+    sharded: dict[str, list[str]] = {"": []}
     slots = _slots(model)
     for tensor in tensors:
         nearest = {_nearest(name, homes) for name in slots.get(tensor, [tensor])}
         # What several units name is in the root, or FSDP would own it twice.
         home = nearest.pop() if len(nearest) == 1 else ""
-        found.setdefault(home, []).append(tensor)
-    return tuple((home, tuple(held)) for home, held in found.items())
+        sharded.setdefault(home, []).append(tensor)
+    return tuple((home, tuple(held)) for home, held in sharded.items())
 
 
 def _slots(model: nn.Module) -> dict[str, list[str]]:

@@ -70,17 +70,17 @@ def parts(model: nn.Module) -> set[int]:
 
     blocks = set(getattr(model, "_no_split_modules", None) or ())
     tuners = inventory.tuners(model)
-    found = {id(item) for item in tuners}
+    within = {id(item) for item in tuners}
     for module in model.modules():
         adapted = module not in tuners and inventory.is_adapted(module)
         inside = getattr(module, "base_layer", None)
         # Activation checkpointing has put its wrapper around the block by then.
         around = type(getattr(inside, "_checkpoint_wrapped_module", inside)).__name__ in blocks
         if isinstance(module, PreTrainedModel) or (adapted and around):
-            found.add(id(module))
+            within.add(id(module))
         elif adapted:
-            found.update(id(item) for item in module.modules() if item is not module)
-    return found
+            within.update(id(item) for item in module.modules() if item is not module)
+    return within
 
 
 def reaches_outside(modules: Iterable[nn.Module], others: dict[int, set[int]]) -> bool:

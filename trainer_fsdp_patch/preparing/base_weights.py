@@ -70,7 +70,7 @@ def _frozen(prepared: Prepared, by_fsdp: bool) -> list[tuple[str, torch.Tensor]]
     shared = {id(tensor) for tensor in prepared.of_adapter().values()}
     ignored = {id(tensor) for tensor in prepared.tensors}
     seen: set[int] = set()
-    found = []
+    parts = []
     for slot in inventory.named_tensors(prepared.model()):
         key = id(slot.tensor)
         ours = key in shared or slot.name in prepared.sharded
@@ -78,8 +78,8 @@ def _frozen(prepared: Prepared, by_fsdp: bool) -> list[tuple[str, torch.Tensor]]
         if ours or not slot.persistent or (by_fsdp and key not in ignored) or key in seen:
             continue
         seen.add(key)
-        found += [(f"{slot.name}{suffix}", part) for suffix, part in _parts(slot.tensor)]
-    return found
+        parts += [(f"{slot.name}{suffix}", part) for suffix, part in _parts(slot.tensor)]
+    return parts
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -116,12 +116,12 @@ def _refuse_other_tensors(named: list[tuple[str, torch.Tensor]]) -> None:
     if len(set(sums)) == 1:
         return
     first, *others = map(set, collectives.all_gather_object(made, _COMPARISON))
-    rank, found = next((rank, sorted(other ^ first)[0]) for rank, other in enumerate(others, 1) if other != first)
-    name, _, kind = found.partition(": ")
-    side = "rank 0" if found in first else f"rank {rank}"
+    rank, entry = next((rank, sorted(other ^ first)[0]) for rank, other in enumerate(others, 1) if other != first)
+    name, _, kind = entry.partition(": ")
+    side = "rank 0" if entry in first else f"rank {rank}"
     raise AdapterError(
         name,
-        f"{kind} on {side}, and not so on {f'rank {rank}' if found in first else 'rank 0'}",
+        f"{kind} on {side}, and not so on {f'rank {rank}' if entry in first else 'rank 0'}",
         "FSDP would put one base together from different ones",
         "Load the same base model in the same way on every rank",
         tensor=name,

@@ -53,10 +53,10 @@ def last_checkpoint(upstream: Callable[[str], str | None], folder: str) -> str |
     assert trainer is not None
     # The first search is train()'s own; a callback that searches later may be on one rank alone.
     SEARCHING.set(None)
-    found = upstream(folder)
+    newest = upstream(folder)
     skipped: list[str] = []
-    chosen = None if found is None else Path(found).name
-    for item in reading.checkpoints(Path(folder)) if found and trainer.is_world_process_zero() else []:
+    chosen = None if newest is None else Path(newest).name
+    for item in reading.checkpoints(Path(folder)) if newest and trainer.is_world_process_zero() else []:
         chosen = item.name
         lacks = verify.unfinished(item)
         if not lacks:

@@ -57,9 +57,9 @@ def load_full(
     prepared = prepared_for(model)
     if prepared is None or not getattr(options, "full_state_dict", False):
         return upstream(model, optimizers, optim_state_dict, options=options)
-    found = optim_state_dict or {}
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in found.get("param_groups", ())]
-    stateless = not any(found.get("state", {}).values())
+    given = optim_state_dict or {}
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in given.get("param_groups", ())]
+    stateless = not any(given.get("state", {}).values())
     stateless, settings = collectives.all_gather_object((stateless, settings), "load of the optimizer")[0]
     if not stateless:
         load = functools.partial(_load_released, optimizers.load_state_dict)
@@ -100,11 +100,11 @@ def to_load(
         return upstream(model, optim, optim_state_dict, *args, **kwargs)
     if optim_state_dict and "state" not in optim_state_dict:
         optim_state_dict = {**optim_state_dict, "state": {}}
-    found = _hold(prepared, optim_state_dict, numbers=True) if _is_full(model) else optim_state_dict
+    held = _hold(prepared, optim_state_dict, numbers=True) if _is_full(model) else optim_state_dict
     # Upstream may load it too, with `load_directly`.
     load = functools.partial(_load_released, optim.load_state_dict)
     with shadowed(optim, load_state_dict=load):
-        return _release(upstream(model, optim, found, *args, **kwargs))
+        return _release(upstream(model, optim, held, *args, **kwargs))
 
 
 def _is_full(model: nn.Module) -> bool:

@@ -91,9 +91,9 @@ def names(model: nn.Module, live: dict[str, torch.Tensor], *, as_peft: bool) -> 
     here = {_storage_key(tensor): tensor for tensor in live.values()}
     active = getattr(bare, "active_adapter", None)
     written = adapter_state.keys(bare, live).get(str(active[0] if isinstance(active, list) else active), {})
-    found = {key: here[_storage_key(tensor)] for key, tensor in written.items() if _storage_key(tensor) in here}
-    covered = {id(tensor) for tensor in found.values()}
-    return found | {name: tensor for name, tensor in live.items() if id(tensor) not in covered}
+    by_key = {key: here[_storage_key(tensor)] for key, tensor in written.items() if _storage_key(tensor) in here}
+    covered = {id(tensor) for tensor in by_key.values()}
+    return by_key | {name: tensor for name, tensor in live.items() if id(tensor) not in covered}
 
 
 def _storage_key(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
@@ -130,8 +130,7 @@ def load_model_state_dict(
     if state is None or state.prepared is not prepared:
         state = None
     if prepared.sharded and state is None:
-        found = "is sharded, and was asked for by Accelerator.load_state"
-        raise _refused(prepared.sharded[0], found)
+        raise _refused(prepared.sharded[0], "is sharded, and was asked for by Accelerator.load_state")
     try:
         _copy_in(model, prepared, state_dict, {} if state is None else state.read)
     except AdapterError as error:
@@ -235,7 +234,7 @@ def _of_files(model: nn.Module, prepared: Prepared, folder: Path) -> dict[str, t
     empty = gathering.under_all_names(prepared, gathering.empty_like_sharded(prepared))
     live = adapter_state.persistent(model, prepared.of_adapter()) | empty
     places = {_storage_key(tensor): name for name, tensor in live.items()}
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for adapter in getattr(bare, "peft_config", {}):
         file = reading.adapter_file(folder if adapter == "default" else folder / adapter)
         if file is None:
@@ -244,13 +243,13 @@ def _of_files(model: nn.Module, prepared: Prepared, folder: Path) -> dict[str, t
         own = {f"base_model.model.{file_key(name, adapter)}": name for name in live if adapter in name.split(".")}
         written = adapter_state.keys(bare, live).get(adapter, {})
         named = own | {key: places[_storage_key(item)] for key, item in written.items() if _storage_key(item) in places}
-        found |= {named.get(key, key): tensor for key, tensor in reading.read_tensors(file).items()}
-    return found
+        tensors |= {named.get(key, key): tensor for key, tensor in reading.read_tensors(file).items()}
+    return tensors
 
 
 @contextlib.contextmanager
 def _loading(prepared: Prepared, model: nn.Module) -> Iterator[LoadState]:
-    """Around a load: all ranks raise what one of them found, or have what rank 0 has read."""
+    """Around a load: all ranks raise what one of them raised, or have what rank 0 has read."""
     state = LoadState(prepared)
     token = _LOADING.set(state)
     own: Exception | None = None

@@ -31,17 +31,17 @@ _EXPECTED: weakref.WeakKeyDictionary[Prepared, dict[str, set[str]]] = weakref.We
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module, found: dict[str, torch.Tensor] | None) -> Iterator[None]:
+def gathered(model: nn.Module, given: dict[str, torch.Tensor] | None) -> Iterator[None]:
     """Let a planned model answer `state_dict()` with what the ranks have gathered already.
 
     Args:
         model: a bare one.
-        found: what its save was given, or None.
+        given: what its save was given, or None.
     """
-    if found is None or prepared_for(model) is None:
+    if given is None or prepared_for(model) is None:
         yield
         return
-    with shadowed(model, state_dict=lambda *args, **kwargs: dict(found)):
+    with shadowed(model, state_dict=lambda *args, **kwargs: dict(given)):
         yield
 
 
@@ -97,21 +97,21 @@ def _everything(
 ) -> dict[str, torch.Tensor]:
     """What upstream gives; FSDP2 loses its way in layers that keep more in a state dict than tensors, as 8-bit ones."""
     if prepared.plan.fsdp_version == 1:
-        found = upstream()
+        everything = upstream()
         # FSDP1 neither moves what it ignores to the CPU, nor leaves it out where it gives nothing else.
-        values = on_cpu(found) if getattr(model, "rank", 0) == 0 else {}
-        found.clear()
-        found.update(values)
-        return found
+        values = on_cpu(everything) if getattr(model, "rank", 0) == 0 else {}
+        everything.clear()
+        everything.update(values)
+        return everything
     if inventory.QUANTIZED not in prepared.roles.values():
         return upstream()
-    found = {}
+    everything = {}
     for name, value in model.state_dict().items():
         with collectives.collective("gathering of the model"):
             whole = value.full_tensor() if isinstance(value, inventory.dtensor()) else value
         if accelerator.is_main_process:
-            found[canonical(name)] = whole.detach().cpu() if hasattr(whole, "detach") else whole
-    return found
+            everything[canonical(name)] = whole.detach().cpu() if hasattr(whole, "detach") else whole
+    return everything
 
 
 def _adapter(accelerator: Accelerator, model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor]:
@@ -125,15 +125,15 @@ def _adapter(accelerator: Accelerator, model: nn.Module, prepared: Prepared) -> 
     gathered = gathering.full_tensors(model, prepared)
     refuse_dead(adapter | gathered)
     liveness.of(prepared).warn_unmoved()
-    found = on_cpu(
+    tensors = on_cpu(
         persistent(model, adapter) | gathering.under_all_names(prepared, gathering.in_stored_dtype(prepared, gathered))
     )
-    found |= on_cpu(added(unwrap(model), prepared))
-    prove(unwrap(model), found, prepared)
+    tensors |= on_cpu(added(unwrap(model), prepared))
+    prove(unwrap(model), tensors, prepared)
     if accelerator.is_main_process:
-        warn_of_shards(found)
-    found.update(embeddings(model, set(found), kept=accelerator.is_main_process))
-    return found
+        warn_of_shards(tensors)
+    tensors.update(embeddings(model, set(tensors), kept=accelerator.is_main_process))
+    return tensors
 
 
 def added(model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor]:
@@ -202,9 +202,9 @@ def refuse_dead(adapter: dict[str, torch.Tensor]) -> None:
             )
 
 
-def warn_of_shards(found: dict[str, torch.Tensor]) -> None:
+def warn_of_shards(tensors: dict[str, torch.Tensor]) -> None:
     """Say where an adapter has one rank's rows only: a run that began with such a file would hand it on."""
-    for key, _, text in verify.one_rank(found):
+    for key, _, text in verify.one_rank(tensors):
         warn(
             key,
             text,
@@ -252,11 +252,11 @@ def embeddings(model: nn.Module, known: set[str], *, kept: bool) -> dict[str, to
     return result
 
 
-def keys(model: nn.Module, found: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+def keys(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """What peft would write of a state dict, by adapter: {} for models that keep adapters in another way."""
     from peft.utils.save_and_load import get_peft_model_state_dict
 
-    options = {"state_dict": found, "save_embedding_layers": False}
+    options = {"state_dict": tensors, "save_embedding_layers": False}
     return {
         adapter: naming.call_with_canonical_names(get_peft_model_state_dict, model, adapter_name=adapter, **options)
         for adapter in getattr(model, "peft_config", {})
@@ -275,14 +275,14 @@ def expected(prepared: Prepared) -> dict[str, set[str]]:
 
 def expect(model: nn.Module, prepared: Prepared) -> None:
     """Note before wrapping which keys a save has to have, and warn of what trains without being saved."""
-    found = live(model, prepared)
-    entries = keys(model, found)
+    tensors = live(model, prepared)
+    entries = keys(model, tensors)
     note_keys(prepared, entries)
     written = {id(tensor) for entry in entries.values() for tensor in entry.values()}
     for item in (*prepared.plan.ignored, *prepared.plan.sharded):
-        names = [name for name in item.tensor.names if name in found]
+        names = [name for name in item.tensor.names if name in tensors]
         lost = item.tensor.role == inventory.ADAPTER and not item.tensor.owned
-        if entries and lost and not any(id(found[name]) in written for name in names):
+        if entries and lost and not any(id(tensors[name]) in written for name in names):
             warn(
                 item.tensor.name,
                 "trainable, but part of no adapter",
@@ -291,13 +291,13 @@ def expect(model: nn.Module, prepared: Prepared) -> None:
             )
 
 
-def prove(model: nn.Module, found: dict[str, torch.Tensor], prepared: Prepared) -> None:
+def prove(model: nn.Module, tensors: dict[str, torch.Tensor], prepared: Prepared) -> None:
     """Check that peft would write from a state dict what it would have written before wrapping.
 
     Raises:
         AdapterError: on all ranks, naming the first key that is missing or too much.
     """
-    for adapter, entry in keys(model, found).items():
+    for adapter, entry in keys(model, tensors).items():
         if adapter not in expected(prepared):
             continue
         differing = sorted(set(entry) ^ expected(prepared)[adapter])
@@ -322,6 +322,6 @@ def save_sharded(trainer: Trainer, folder: str | None) -> None:
     if prepared_by(trainer) is None and not inventory.is_unwrapped_adapter(trainer.model):
         return
     if "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
-        found = trainer.accelerator.get_state_dict(trainer.model)
+        tensors = trainer.accelerator.get_state_dict(trainer.model)
         if trainer.args.should_save:
-            trainer._save(trainer.args.output_dir if folder is None else folder, state_dict=found)
+            trainer._save(trainer.args.output_dir if folder is None else folder, state_dict=tensors)

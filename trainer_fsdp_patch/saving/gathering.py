@@ -25,14 +25,14 @@ def full_tensors(model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor
         model: as prepared by accelerate, or before that.
         prepared: its record.
     """
-    found: dict[str, torch.Tensor] = {}
+    full: dict[str, torch.Tensor] = {}
     if prepared.sharded:
         with _summoned(model, writeback=False):
             for name, tensor in _named(model, prepared):
                 with collectives.collective("gathering of the adapter"):
                     gathered = tensor.full_tensor() if isinstance(tensor, inventory.dtensor()) else tensor
-                found[name] = gathered.detach().clone()
-    return found
+                full[name] = gathered.detach().clone()
+    return full
 
 
 def in_stored_dtype(prepared: Prepared, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -59,12 +59,12 @@ def own_units(model: nn.Module) -> list[FullyShardedDataParallel]:
     prepared = prepared_for(model)
     if prepared is None or not prepared.sharded or prepared.plan.fsdp_version != 1:
         return []
-    found = []
+    units = []
     for name, module in unwrap(model).named_modules():
         prefix = f"{canonical(name)}."
         if isinstance(module, FullyShardedDataParallel) and any(item.startswith(prefix) for item in prepared.sharded):
-            found.append(module)
-    return found
+            units.append(module)
+    return units
 
 
 def names_of(module: nn.Module, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
@@ -135,12 +135,12 @@ def part(tensor: DTensor, value: torch.Tensor) -> torch.Tensor:
 def _named(model: nn.Module, prepared: Prepared) -> list[tuple[str, torch.Tensor]]:
     """In the order of the plan, which all ranks share."""
     wanted = set(prepared.sharded)
-    found = {
+    sharded = {
         canonical(name): tensor
         for name, tensor in unwrap(model).named_parameters(remove_duplicate=False)
         if canonical(name) in wanted
     }
-    return [(name, found[name]) for name in prepared.sharded if name in found]
+    return [(name, sharded[name]) for name in prepared.sharded if name in sharded]
 
 
 def make_root(model: nn.Module) -> None:

@@ -125,10 +125,10 @@ def equal(path: Path, values: dict[str, torch.Tensor]) -> None:
 
 
 def _lost(target: Path, error: Exception) -> AdapterError:
-    found = (str(error).strip() or type(error).__name__).splitlines()[0]
+    why = (str(error).strip() or type(error).__name__).splitlines()[0]
     return AdapterError(
         str(target),
-        f"could not be written: {found}",
+        f"could not be written: {why}",
         "The file of an earlier save is untouched",
         "Free space or choose an output_dir that can be written to, and resume from the last checkpoint",
     )

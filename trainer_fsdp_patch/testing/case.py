@@ -140,13 +140,13 @@ def _alike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bo
     return ours.keys() == theirs.keys() and all(ours[key].shape == theirs[key].shape for key in ours)
 
 
-def _error(key: str, before: torch.Tensor, wanted: torch.Tensor, found: torch.Tensor) -> Verdict:
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        return Verdict(f"{key} is {found.dtype} {list(found.shape)}", float("nan"))
+def _error(key: str, before: torch.Tensor, wanted: torch.Tensor, ours: torch.Tensor) -> Verdict:
+    if ours.shape != wanted.shape or ours.dtype != wanted.dtype:
+        return Verdict(f"{key} is {ours.dtype} {list(ours.shape)}", float("nan"))
     if before.shape != wanted.shape:
         # A method that cuts its ranks saves other shapes than it began with.
         before = wanted.new_zeros(wanted.shape)
-    update, difference = (float((wanted.double() - other.double()).norm()) for other in (before, found))
+    update, difference = (float((wanted.double() - other.double()).norm()) for other in (before, ours))
     if update == 0:
         return Verdict(f"{key} is frozen and was changed" if difference else "", difference)
     return Verdict("", difference / update if difference == difference else float("inf"))

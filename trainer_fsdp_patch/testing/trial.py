@@ -241,9 +241,9 @@ def _save(trainer: Trainer, save: Callable[[dict[str, torch.Tensor], str], objec
     if save is None:
         trainer.save_model(folder)
         return
-    found = trainer.accelerator.get_state_dict(trainer.model)
+    tensors = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero():
-        save(found, folder)
+        save(tensors, folder)
 
 
 def counter() -> Any:

@@ -72,18 +72,18 @@ def _look_for_others(store: Store, error: RuntimeError) -> None:
     import torch.distributed as dist
 
     try:
-        found = store.get(_MARK).decode() if store.check([_MARK]) else ""
+        said = store.get(_MARK).decode() if store.check([_MARK]) else ""
     except RuntimeError:
         # Rank 0 had the store, and has ended.
-        found = ""
-    if found:
-        raise _alone(found, [dist.get_rank()]) from error
+        said = ""
+    if said:
+        raise _alone(said, [dist.get_rank()]) from error
 
 
-def _alone(found: str, others: list[int]) -> RankError:
+def _alone(said: str, others: list[int]) -> RankError:
     return RankError(
         "auto_find_batch_size",
-        f"{found} per device, and rank {', '.join(map(str, others))} did not",
+        f"{said} per device, and rank {', '.join(map(str, others))} did not",
         "Those that did not are inside a step that needs all ranks, so that no smaller batch can be tried",
         "Start again with a smaller per_device_train_batch_size, or give all ranks rows of one length",
     )

@@ -59,8 +59,8 @@ def refuse(optimizer: torch.optim.Optimizer, name: str, fsdp_version: int) -> No
     """
     if not _is_known(optimizer) or _is_elementwise(optimizer, fsdp_version):
         return
-    found = f"it is sharded, and {type(optimizer).__name__} steps shards otherwise than full tensors"
-    raise AdapterError(name, found, "The adapter would not be the one that one process trains", REMEDY)
+    sharded = f"it is sharded, and {type(optimizer).__name__} steps shards otherwise than full tensors"
+    raise AdapterError(name, sharded, "The adapter would not be the one that one process trains", REMEDY)
 
 
 def _is_known(optimizer: torch.optim.Optimizer) -> bool:

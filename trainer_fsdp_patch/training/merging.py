@@ -84,9 +84,9 @@ def _unit_of(layer: nn.Module, prepared: Prepared) -> FullyShardedDataParallel |
     """FSDP1's innermost unit around a layer."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    found = None
+    innermost = None
     for module in prepared.wrapped().modules():
         # Outer modules come first.
         if isinstance(module, FullyShardedDataParallel) and any(part is layer for part in module.modules()):
-            found = module
-    return found
+            innermost = module
+    return innermost

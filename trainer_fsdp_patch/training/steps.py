@@ -57,9 +57,9 @@ def watch(prepared: Prepared, accelerator: Accelerator) -> None:
     liveness.watch(prepared)
 
     def average() -> None:
-        found = record()
-        if found is not None:
-            average_replicated(found)
+        planned = record()
+        if planned is not None:
+            average_replicated(planned)
 
     trained = {id(tensor) for tensor in prepared.tensors if tensor.requires_grad}
     synchronises = functools.partial(gradients.synchronises, owner, prepared.model)
@@ -67,9 +67,9 @@ def watch(prepared: Prepared, accelerator: Accelerator) -> None:
     model.register_forward_hook(watch_outputs)
 
     def before(optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        found = record()
-        if found is not None:
-            before_step(found, optimizer)
+        planned = record()
+        if planned is not None:
+            before_step(planned, optimizer)
 
     weakref.finalize(model, register_optimizer_step_pre_hook(before).remove)
 
@@ -149,8 +149,8 @@ def after_backward(upstream: Callable[[], Result], accelerator: Accelerator) -> 
         upstream: the pass.
         accelerator: whose flag says whether it synchronises.
     """
-    found = map(averaging_of, held_by(accelerator))
-    return gradients.backward(upstream, accelerator, [item for item in found if item is not None])
+    averaging = map(averaging_of, held_by(accelerator))
+    return gradients.backward(upstream, accelerator, [item for item in averaging if item is not None])
 
 
 def watch_outputs(module: nn.Module, args: tuple[object, ...], output: object) -> None:
