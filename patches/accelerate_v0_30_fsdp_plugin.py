@@ -5,16 +5,23 @@ Upstream: https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.preparing import fsdp_plugin
+
+if TYPE_CHECKING:
+    from accelerate import FullyShardedDataParallelPlugin
+
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
 
 patch = Patch(__name__, versions="accelerate>=0.30.dev0", target="accelerate.utils.dataclasses")
 
 
 @patch.wrap("FullyShardedDataParallelPlugin.__post_init__", "self", only=None)
-def record_explicit_values(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def record_explicit_values(
+    wrapped: Wrapped, instance: FullyShardedDataParallelPlugin, args: Args, kwargs: Kwargs
+) -> object:
     """Look at the fields before defaults and environment fill them."""
     asked = dict(vars(instance))
     result = wrapped(*args, **kwargs)

@@ -5,22 +5,25 @@ Upstream: https://github.com/huggingface/accelerate/pull/4206
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.resuming import resume
 
+if TYPE_CHECKING:
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
+
 patch = Patch(__name__, versions="accelerate>=1.7.dev0,<1.15.dev0", target="accelerate.utils.fsdp_utils")
 
 
 @patch.wrap("_get_model_state_dict", "model", "adapter_only", "sd_options", only=gates.model())
-def whole_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def whole_adapter(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
     """Skip the upstream function for planned models: every rank holds the adapter already."""
     return resume.model_state_dict(wrapped, *args, **kwargs)
 
 
 @patch.wrap("_set_model_state_dict", "model", "state_dict", "adapter_only", "sd_options", only=gates.model())
-def read_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def read_adapter(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
     """Skip the upstream function for planned models: it takes a part that fits for the whole."""
     return resume.load_model_state_dict(wrapped, *args, **kwargs)

@@ -5,11 +5,14 @@ Upstream: https://github.com/huggingface/accelerate/pull/3904
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.resuming import optimizer_state
+
+if TYPE_CHECKING:
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
 
 patch = Patch(
     __name__,
@@ -21,7 +24,7 @@ patch = Patch(
 
 
 @patch.wrap("_prepare_sd_options", "fsdp_plugin", only=gates.any_model)
-def named_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def named_state(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
     """Called by the load just before it asks the optimizer what to read into."""
     optimizer_state.answer_by_name()
     return wrapped(*args, **kwargs)

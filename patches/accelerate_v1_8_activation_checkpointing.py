@@ -5,17 +5,20 @@ Upstream: https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.preparing import fsdp2
 
+if TYPE_CHECKING:
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
+
 patch = Patch(__name__, versions="accelerate>=1.8.dev0", target="accelerate.accelerator")
 
 
 @patch.wrap("fsdp2_apply_ac", "accelerator", "model", only=gates.model())
-def keep_rng_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def keep_rng_state(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
     """Wrap as always, then let each checkpointed layer keep its random state."""
     model = wrapped(*args, **kwargs)
     fsdp2.keep_rng_state(model)

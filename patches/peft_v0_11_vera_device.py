@@ -5,11 +5,14 @@ Upstream: https://github.com/huggingface/peft/issues/2407
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.patching.wrapping import argument
+from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped, argument
 from trainer_fsdp_patch.preparing import layers
+
+if TYPE_CHECKING:
+    from peft.tuners.vera import VeraLayer
 
 patch = Patch(
     __name__,
@@ -20,7 +23,7 @@ patch = Patch(
 
 
 @patch.wrap("Linear.forward", "self", "x", "args", "kwargs", only=layers.is_apart)
-def projections_beside_the_input(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def projections_beside_the_input(wrapped: Wrapped, instance: VeraLayer, args: Args, kwargs: Kwargs) -> object:
     """Show the layer moved copies of its projections for the time of the call."""
     with layers.beside(instance, argument(args, kwargs, 0, "x")):
         return wrapped(*args, **kwargs)

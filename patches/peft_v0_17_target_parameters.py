@@ -5,17 +5,22 @@ Upstream: https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.preparing import layers
 
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import ParamWrapper
+
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
+
 patch = Patch(__name__, versions="peft>=0.17.dev0", target="peft.tuners.lora.layer")
 
 
 @patch.wrap("ParamWrapper.forward", "self", "x", "args", "kwargs", only=gates.instance_inside)
-def adapt_a_sharded_parameter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def adapt_a_sharded_parameter(wrapped: Wrapped, instance: ParamWrapper, args: Args, kwargs: Kwargs) -> object:
     """Show the gathered tensor as a buffer during the forward: torch parametrizes parameters and buffers only."""
     with layers.as_buffer(instance.get_base_layer(), instance.parameter_name):
         return wrapped(*args, **kwargs)

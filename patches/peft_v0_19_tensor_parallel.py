@@ -5,10 +5,13 @@ Upstream: https://github.com/huggingface/peft/blob/v0.20.0/src/peft/utils/save_a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.preparing import layers
+
+if TYPE_CHECKING:
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
 
 patch = Patch(
     __name__,
@@ -21,6 +24,6 @@ patch = Patch(
 @patch.wrap(
     "_maybe_shard_state_dict_for_tp", "model", "state_dict", "adapter_name", only=layers.lacks_embedding_parallel
 )
-def only_with_a_plan(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def only_with_a_plan(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
     """Skip the upstream function where no layer is tensor parallel: it would have nothing to do."""
     return layers.shard_for_tp(wrapped, *args, **kwargs)

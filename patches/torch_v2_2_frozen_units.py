@@ -5,11 +5,14 @@ Upstream: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/fsdp
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.training import releasing
+
+if TYPE_CHECKING:
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
 
 patch = Patch(
     __name__,
@@ -19,7 +22,7 @@ patch = Patch(
 
 
 @patch.wrap("_pre_forward", "state", "handle", "unshard_fn", "module", "args", "kwargs", only=gates.part("state"))
-def free_before_the_next(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def free_before_the_next(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
     """Give a unit of a planned model inputs of its own, by whose gradients FSDP knows that it is done."""
     state, handle, unshard, module, inputs, named = args
     inputs, named = releasing.own_inputs(handle, inputs, named)

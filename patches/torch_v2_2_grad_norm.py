@@ -5,11 +5,14 @@ Upstream: https://github.com/pytorch/pytorch/blob/v2.5.0/torch/distributed/fsdp/
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.planning import prepared
+
+if TYPE_CHECKING:
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
 
 patch = Patch(
     __name__,
@@ -20,7 +23,7 @@ patch = Patch(
 
 
 @patch.wrap("_get_grad_norm", "params", "norm_type", only=gates.any_model)
-def norm_in_one_order(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def norm_in_one_order(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
     """Hand over the parameters in the order of the plan, which is that of all ranks."""
     params, *rest = args
     return wrapped(prepared.in_order(params), *rest, **kwargs)

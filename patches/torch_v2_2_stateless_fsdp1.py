@@ -5,11 +5,14 @@ Upstream: https://github.com/pytorch/pytorch/blob/v2.9.0/torch/distributed/fsdp/
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.resuming import optimizer
+
+if TYPE_CHECKING:
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
 
 patch = Patch(__name__, versions="torch>=2.2.dev0", target="torch.distributed.fsdp.fully_sharded_data_parallel")
 
@@ -19,6 +22,6 @@ patch = Patch(__name__, versions="torch>=2.2.dev0", target="torch.distributed.fs
     "model", "optim", "optim_state_dict", "is_named_optimizer", "load_directly", "group",
     only=gates.model(),
 )  # fmt: skip
-def load_without_state(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def load_without_state(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
     """Hold what is no plain tensor, and say that there is no state where a checkpoint leaves that out."""
     return optimizer.to_load(wrapped, *args, **kwargs)

@@ -5,11 +5,14 @@ Upstream: https://github.com/huggingface/transformers/issues/34530
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.training import full_params
+
+if TYPE_CHECKING:
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
 
 patch = Patch(__name__, versions="torch>=2.2.dev0", target="torch.distributed.fsdp.fully_sharded_data_parallel")
 
@@ -19,6 +22,6 @@ patch = Patch(__name__, versions="torch>=2.2.dev0", target="torch.distributed.fs
     "module", "recurse", "writeback", "rank0_only", "offload_to_cpu", "with_grads",
     only=gates.around(),
 )  # fmt: skip
-def forward_leaves_it_whole(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def forward_leaves_it_whole(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
     """Keep units whole until the context ends; upstream shards them after each forward and then writes that back."""
     return full_params.summoned(wrapped, *args, **kwargs)

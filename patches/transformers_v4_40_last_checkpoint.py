@@ -5,11 +5,14 @@ Upstream: https://github.com/huggingface/transformers/blob/v4.57.6/src/transform
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.resuming import latest
+
+if TYPE_CHECKING:
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
 
 patch = Patch(
     __name__,
@@ -20,6 +23,6 @@ patch = Patch(
 
 
 @patch.wrap("get_last_checkpoint", "folder", only=gates.resuming)
-def last_whole_checkpoint(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def last_whole_checkpoint(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
     """Ask upstream first; its answer stays where the writer of that checkpoint has finished."""
     return latest.last_checkpoint(wrapped, *args, **kwargs)

@@ -5,12 +5,15 @@ Upstream: https://github.com/huggingface/transformers/blob/v4.50.0/src/transform
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.patching.wrapping import argument
+from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped, argument
 from trainer_fsdp_patch.saving import adapter_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 patch = Patch(
     __name__,
@@ -26,7 +29,7 @@ patch = Patch(
     "safe_serialization", "variant", "token", "save_peft_format", "kwargs",
     only=gates.instance_planned,
 )  # fmt: skip
-def save_what_was_gathered(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def save_what_was_gathered(wrapped: Wrapped, instance: PreTrainedModel, args: Args, kwargs: Kwargs) -> object:
     """The upstream function asks the model again on rank 0, where FSDP1 waits for the other ranks for ever."""
     with adapter_state.gathered(instance, argument(args, kwargs, 2, "state_dict")):
         return wrapped(*args, **kwargs)

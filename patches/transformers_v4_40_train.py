@@ -5,11 +5,16 @@ Upstream: https://github.com/huggingface/transformers/blob/v4.57.6/src/transform
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.resuming import latest
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
 
 patch = Patch(__name__, versions="transformers>=4.40.dev0,<5.0.dev0", target="transformers.trainer")
 
@@ -19,7 +24,7 @@ patch = Patch(__name__, versions="transformers>=4.40.dev0,<5.0.dev0", target="tr
     "self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval", "kwargs",
     only=gates.resumes_from_the_last,
 )  # fmt: skip
-def note_the_trainer(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def note_the_trainer(wrapped: Wrapped, instance: Trainer, args: Args, kwargs: Kwargs) -> object:
     """The search itself is told of a folder and not of a run."""
     with latest.searching(instance):
         return wrapped(*args, **kwargs)

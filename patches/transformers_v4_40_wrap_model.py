@@ -5,12 +5,15 @@ Upstream: https://github.com/huggingface/peft/issues/2407
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.patching.wrapping import argument
+from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped, argument
 from trainer_fsdp_patch.preparing import prepare
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 patch = Patch(
     __name__,
@@ -38,7 +41,7 @@ patch = Patch(
 
 
 @patch.wrap("Trainer._wrap_model", "self", "model", "training", "dataloader", only=gates.fsdp_trainer)
-def plan_before_wrapping(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def plan_before_wrapping(wrapped: Wrapped, instance: Trainer, args: Args, kwargs: Kwargs) -> object:
     """Prepare the model first: accelerate reads the plugin that this settles."""
     if patch.stands():
         training = argument(args, kwargs, 1, "training", True)

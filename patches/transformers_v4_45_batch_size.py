@@ -5,12 +5,15 @@ Upstream: https://github.com/huggingface/transformers/issues/34113
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.patching.wrapping import argument
+from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped, argument
 from trainer_fsdp_patch.training import batch_size
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 patch = Patch(__name__, versions="transformers>=4.45.dev0", target="transformers.trainer")
 
@@ -20,7 +23,7 @@ patch = Patch(__name__, versions="transformers>=4.45.dev0", target="transformers
     "self", "batch_size", "args", "resume_from_checkpoint", "trial", "ignore_keys_for_eval",
     only=gates.finds_batch_size,
 )  # fmt: skip
-def try_again_whole(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def try_again_whole(wrapped: Wrapped, instance: Trainer, args: Args, kwargs: Kwargs) -> object:
     """After a try that ran out of memory, bring FSDP to where a step begins; on all ranks, or on none."""
     size = argument(args, kwargs, 0, "batch_size")
     return batch_size.attempt(lambda: wrapped(*args, **kwargs), instance, size)

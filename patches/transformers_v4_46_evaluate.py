@@ -5,11 +5,16 @@ Upstream: https://github.com/huggingface/transformers/issues/39961
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.preparing import evaluate
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
 
 patch = Patch(__name__, versions="transformers>=4.46.dev0,<5.3.dev0", target="transformers.trainer")
 
@@ -19,7 +24,7 @@ patch = Patch(__name__, versions="transformers>=4.46.dev0,<5.3.dev0", target="tr
     "self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix",
     only=gates.fsdp_trainer,
 )  # fmt: skip
-def prepare_first(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def prepare_first(wrapped: Wrapped, instance: Trainer, args: Args, kwargs: Kwargs) -> object:
     """Do before the loop what it does in another way than `train()`, which unwraps what it finds wrapped."""
     with evaluate.evaluating(instance):
         return wrapped(*args, **kwargs)

@@ -5,11 +5,16 @@ Upstream: https://github.com/huggingface/transformers/blob/v4.46.2/src/transform
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.training import loss_scale
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
 
 patch = Patch(__name__, versions="transformers>=4.46.2", target="transformers.trainer")
 
@@ -17,7 +22,7 @@ patch = Patch(__name__, versions="transformers>=4.46.2", target="transformers.tr
 @patch.wrap(
     "Trainer.compute_loss", "self", "model", "inputs", "return_outputs", "num_items_in_batch", only=gates.trainer
 )
-def share_of_the_count(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def share_of_the_count(wrapped: Wrapped, instance: Trainer, args: Args, kwargs: Kwargs) -> object:
     """Hand the count over as a rank's share."""
     names = ("model", "inputs", "return_outputs", "num_items_in_batch")
     return loss_scale.compute_loss(wrapped, instance, {**dict(zip(names, args, strict=False)), **kwargs})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 
-def bits(tensor: Any) -> Any:
+def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor in one dimension: uint8, aligned so that they can be viewed in larger words."""
     import torch
 
@@ -16,7 +16,7 @@ def bits(tensor: Any) -> Any:
     return stored.clone() if stored.storage_offset() % 8 else stored
 
 
-def same_bits(one: Any, other: Any) -> bool:
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bytes, NaNs included."""
     import torch
 

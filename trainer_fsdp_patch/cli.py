@@ -130,14 +130,16 @@ def _status(*, as_json: bool) -> int:
     if not _missing():
         check.import_targets()
     states = trainer_fsdp_patch.status()
-    found = {package: str(versions.installed(package) or "absent") for package in versions.NEWEST_TESTED}
+    installed = {package: str(versions.installed(package) or "absent") for package in versions.NEWEST_TESTED}
     if as_json:
-        sys.stdout.write(json.dumps({"installed": found, "patches": [dataclasses.asdict(s) for s in states]}) + "\n")
+        sys.stdout.write(
+            json.dumps({"installed": installed, "patches": [dataclasses.asdict(s) for s in states]}) + "\n"
+        )
     else:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=", ".join(f"{name} {version}" for name, version in found.items()), title_justify="left")
+        table = Table(title=", ".join(f"{name} {version}" for name, version in installed.items()), title_justify="left")
         for column in ("patch", "state", "versions", "effect"):
             table.add_column(column, overflow="fold")
         for state in states:

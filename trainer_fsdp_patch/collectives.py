@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch import bits
 from trainer_fsdp_patch.errors import AdapterError, RankError
 
 if TYPE_CHECKING:
     import torch
+    from torch._C._distributed_c10d import ProcessGroup, Store
 
+Value = TypeVar("Value")
+TensorType = TypeVar("TensorType", bound="torch.Tensor")
 
 _FAILURE = "trainer_fsdp_patch/failure"
 """Key of torch's store for the error of a rank that failed."""
@@ -47,10 +50,10 @@ def collective(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        found = _first_failure() or (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = _first_failure() or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RankError(
             what,
-            f"another rank has ended or does not answer ({found})",
+            f"another rank has ended or does not answer ({cause})",
             "This rank stops too; what was saved before is untouched",
             "See the log of the rank that ended first, and resume from the last checkpoint",
         ) from error
@@ -90,12 +93,13 @@ def _first_failure() -> str:
         return ""
 
 
-def store() -> Any:
+def store() -> Store | None:
     """Torch's own store of the process group, or None."""
     from torch.distributed import distributed_c10d
 
     get = getattr(distributed_c10d, "_get_default_store", None)
-    return None if get is None else get()
+    default: Store | None = None if get is None else get()
+    return default
 
 
 def meet(subject: str, found: str, consequence: str, remedy: str) -> None:
@@ -167,7 +171,7 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def average_gradients(parameters: Sequence[torch.nn.Parameter], groups: Sequence[Any]) -> int:
+def average_gradients(parameters: Sequence[torch.nn.Parameter], groups: Sequence[ProcessGroup | None]) -> int:
     """Average the gradients of replicated parameters over the data-parallel ranks, in place.
 
     A parameter without a gradient on this rank counts as zero where another rank has one, so that
@@ -240,7 +244,7 @@ def compare(names: Sequence[str], tensors: Sequence[torch.Tensor], when: str) ->
         )
 
 
-def all_gather_object(value: Any, what: str) -> list[Any]:
+def all_gather_object(value: Value, what: str) -> list[Value]:
     """A value of each rank, which all ranks get.
 
     Args:
@@ -252,13 +256,13 @@ def all_gather_object(value: Any, what: str) -> list[Any]:
     """
     import torch.distributed as dist
 
-    values: list[Any] = [None] * dist.get_world_size()
+    values = [value] * dist.get_world_size()
     with collective(what):
         dist.all_gather_object(values, value)
     return values
 
 
-def first_difference(items: dict[str, Any], what: str) -> tuple[str, int, Any, Any] | None:
+def first_difference(items: Mapping[str, object], what: str) -> tuple[str, int, object, object] | None:
     """The first of some named values that is another one, or "absent", on some rank.
 
     Args:
@@ -280,7 +284,7 @@ def first_difference(items: dict[str, Any], what: str) -> tuple[str, int, Any, A
     return None
 
 
-def any_rank(flag: bool, device: Any, what: str) -> bool:
+def any_rank(flag: bool, device: torch.device, what: str) -> bool:
     """Whether a flag is set on any rank.
 
     Args:
@@ -294,19 +298,19 @@ def any_rank(flag: bool, device: Any, what: str) -> bool:
     import torch
     import torch.distributed as dist
 
-    found = torch.tensor(int(flag), device=device)
+    highest = torch.tensor(int(flag), device=device)
     with collective(what):
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return bool(highest)
 
 
-def _buckets(tensors: Sequence[Any]) -> Iterator[list[Any]]:
+def _buckets(tensors: Sequence[TensorType]) -> Iterator[list[TensorType]]:
     """Runs of one dtype and device, none above BUCKET_BYTES unless a single tensor is."""
-    groups: dict[tuple[Any, Any], list[Any]] = {}
+    groups: dict[tuple[torch.dtype, torch.device], list[TensorType]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for group in groups.values():
-        bucket: list[Any] = []
+        bucket: list[TensorType] = []
         size = 0
         for tensor in group:
             nbytes = tensor.numel() * tensor.element_size()

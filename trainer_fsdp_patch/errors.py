@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 
@@ -71,5 +72,44 @@ def message(subject: str, found: str, consequence: str, remedy: str) -> str:
 
 
 def warn(subject: str, found: str, consequence: str, remedy: str) -> None:
-    """Warn in the shape of `message`, as coming from the code that trains."""
-    warnings.warn(message(subject, found, consequence, remedy), TrainerFsdpPatchWarning, stacklevel=5)
+    """Warn in the shape of `message`, as coming from the user's own line."""
+    warn_text(message(subject, found, consequence, remedy))
+
+
+_BETWEEN = frozenset(
+    {
+        "trainer_fsdp_patch",
+        "accelerate",
+        "peft",
+        "torch",
+        "transformers",
+        "wrapt",
+        "contextlib",
+        "functools",
+        "importlib",
+    }
+)
+"""Packages whose frames lie between a warning and the user's line; the last three belong to decorators and imports."""
+
+
+def warn_text(text: str) -> None:
+    """Warn as coming from the user's own line: the innermost frame that is neither ours nor upstream's.
+
+    No constant stacklevel finds it. The depth depends on the release of upstream, on decorators, and on who calls.
+    Python has `skip_file_prefixes` for this from 3.12 on.
+
+    Args:
+        text: of the warning. A filter that makes it an error raises it.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
+        frame = frame.f_back
+    # By the registry of a module, python shows a warning once for each of its lines.
+    warnings.warn_explicit(
+        text,
+        TrainerFsdpPatchWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )

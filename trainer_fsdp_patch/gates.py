@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer_fsdp_patch.inspecting import inventory
-from trainer_fsdp_patch.patching.wrapping import Gate
+from trainer_fsdp_patch.patching.wrapping import Gate, Kwargs
 from trainer_fsdp_patch.planning.prepared import any_prepared, none_prepared, prepared_by, prepared_for, prepared_with
 from trainer_fsdp_patch.preparing import fsdp2
 from trainer_fsdp_patch.resuming import latest
@@ -26,7 +26,7 @@ class Planned:
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
 
-    def __call__(self, instance: Any, arguments: dict[str, Any]) -> bool:
+    def __call__(self, instance: object, arguments: Kwargs) -> bool:
         return self._gate(instance, arguments)
 
 
@@ -55,51 +55,51 @@ def around(name: str = "module") -> Gate:
         name: of the argument.
     """
 
-    def gate(instance: Any, arguments: dict[str, Any]) -> bool:
-        found: Any = arguments.get(name)
-        if not inventory.is_module(found):
+    def gate(instance: object, arguments: Kwargs) -> bool:
+        module: Any = arguments.get(name)
+        if not inventory.is_module(module):
             return False
-        return prepared_with(found) is not None or any(prepared_for(item) is not None for item in found.modules())
+        return prepared_with(module) is not None or any(prepared_for(item) is not None for item in module.modules())
 
     return Planned(gate)
 
 
 @Planned
-def instance_planned(instance: Any, arguments: dict[str, Any]) -> bool:
+def instance_planned(instance: object, arguments: Kwargs) -> bool:
     """The method is of a planned model."""
     return prepared_for(instance) is not None
 
 
 @Planned
-def instance_inside(instance: Any, arguments: dict[str, Any]) -> bool:
+def instance_inside(instance: object, arguments: Kwargs) -> bool:
     """The method is of a planned model or of a module inside one."""
     return prepared_with(instance) is not None
 
 
 @Planned
-def trainer(instance: Any, arguments: dict[str, Any]) -> bool:
+def trainer(instance: object, arguments: Kwargs) -> bool:
     """The method is of a Trainer whose model was planned."""
     return prepared_by(instance) is not None
 
 
-def fsdp_trainer(instance: Any, arguments: dict[str, Any]) -> bool:
+def fsdp_trainer(instance: object, arguments: Kwargs) -> bool:
     """The method is of a Trainer that runs under FSDP, or whose base transformers has sharded, with an adapter.
 
     The model is the argument `model` where there is one, else the Trainer's.
     """
-    found = arguments["model"] if "model" in arguments else getattr(instance, "model", None)
-    if not inventory.is_module(found):
+    model = arguments["model"] if "model" in arguments else getattr(instance, "model", None)
+    if not inventory.is_module(model):
         return False
-    under = getattr(instance, "is_fsdp_enabled", False) is True or inventory.is_native(found)
-    return under and (prepared_for(found) is not None or inventory.has_adapter(found))
+    under = getattr(instance, "is_fsdp_enabled", False) is True or inventory.is_native(model)
+    return under and (prepared_for(model) is not None or inventory.has_adapter(model))
 
 
-def resumes_from_the_last(instance: Any, arguments: dict[str, Any]) -> bool:
+def resumes_from_the_last(instance: object, arguments: Kwargs) -> bool:
     """Such a Trainer is asked to resume from its last checkpoint, whichever that is."""
     return arguments.get("resume_from_checkpoint") is True and fsdp_trainer(instance, {})
 
 
-def resuming(instance: Any, arguments: dict[str, Any]) -> bool:
+def resuming(instance: object, arguments: Kwargs) -> bool:
     """Such a Trainer is looking for its last checkpoint."""
     return latest.SEARCHING.get() is not None
 
@@ -108,29 +108,29 @@ sharding = Planned(fsdp2.is_sharding)
 """accelerate is making units of FSDP2 of a planned model."""
 
 
-def finds_batch_size(instance: Any, arguments: dict[str, Any]) -> bool:
+def finds_batch_size(instance: object, arguments: Kwargs) -> bool:
     """Such a Trainer looks for a batch size that fits into memory."""
     asked = getattr(getattr(instance, "args", None), "auto_find_batch_size", False) is True
     return asked and fsdp_trainer(instance, {})
 
 
 @Planned
-def accelerator(instance: Any, arguments: dict[str, Any]) -> bool:
+def accelerator(instance: object, arguments: Kwargs) -> bool:
     """The method is of an Accelerator that has prepared a planned model."""
     held = getattr(instance, "_models", None)
     return isinstance(held, list) and any(prepared_for(item) is not None for item in held)
 
 
-def saved_model(instance: Any, arguments: dict[str, Any]) -> bool:
+def saved_model(instance: object, arguments: Kwargs) -> bool:
     """The method is of an Accelerator, and `model` is planned, or has an adapter that FSDP is yet to wrap."""
-    found = arguments.get("model")
-    if prepared_for(found) is not None:
+    model = arguments.get("model")
+    if prepared_for(model) is not None:
         return True
     plugin = getattr(getattr(instance, "state", None), "fsdp_plugin", None)
-    return plugin is not None and inventory.is_module(found) and inventory.is_unwrapped_adapter(found)
+    return plugin is not None and inventory.is_module(model) and inventory.is_unwrapped_adapter(model)
 
 
 @Planned
-def any_model(instance: Any, arguments: dict[str, Any]) -> bool:
+def any_model(instance: object, arguments: Kwargs) -> bool:
     """This process has a planned model."""
     return any_prepared()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?:\.|$)")
 
@@ -19,7 +22,7 @@ def file_key(key: str, adapter: str = "default") -> str:
     return ".".join(part for part in canonical(key).split(".") if part not in helpers)
 
 
-def unwrap(model: Any) -> Any:
+def unwrap(model: nn.Module) -> nn.Module:
     """The model below the wrappers that go around a whole one: FSDP1, DDP, DataParallel and compile."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.nn import DataParallel
@@ -27,7 +30,7 @@ def unwrap(model: Any) -> Any:
 
     while True:
         if "_orig_mod" in getattr(model, "_modules", ()):
-            model = model._orig_mod
+            model = cast("nn.Module", model._orig_mod)
         elif isinstance(model, (FullyShardedDataParallel, DistributedDataParallel, DataParallel)):
             model = model.module
         else:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 _ABSENT = object()
 
 
 @contextlib.contextmanager
-def shadowed(owner: Any, **attributes: Any) -> Iterator[None]:
+def shadowed(owner: object, **attributes: object) -> Iterator[None]:
     """Let attributes hide those of the class, or replace those of the instance, and put back what was there.
 
     They go past `__setattr__`, which torch modules use to sort tensors and modules into slots.

@@ -6,14 +6,21 @@ import json
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.names import canonical, file_key
 
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.checkpoint.metadata import Metadata
+
 SAFE, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 FSDP_FULL, FSDP_SHARDED = "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0"
 STATE = "trainer_state.json"
+
+Json = dict[str, object]
+"""A JSON object."""
 
 _METADATA = {
     "pathlib": {"PosixPath", "PurePosixPath"},
@@ -39,7 +46,7 @@ _METADATA = {
 class _Index(pickle.Unpickler):
     """Reads the index of a distributed checkpoint; torch's own reader would run any pickle."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         import torch
 
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -67,7 +74,7 @@ def adapter_folders(folder: Path) -> list[Path]:
     return [item for item in (folder, *below) if adapter_file(item) or (item / CONFIG).is_file()]
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of an adapter file or of a pickled state dict, on the CPU.
 
     Raises:
@@ -79,15 +86,15 @@ def read_tensors(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise unreadable(path, error) from error
-    if not isinstance(found, dict) or not all(isinstance(item, torch.Tensor) for item in found.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(item, torch.Tensor) for item in loaded.values()):
         raise unreadable(path, TypeError("it is no dictionary of tensors"))
-    return found
+    return loaded
 
 
-def fsdp_part(folder: Path) -> dict[str, Any]:
+def fsdp_part(folder: Path) -> dict[str, torch.Tensor]:
     """The model part of a resume checkpoint, whole, full or sharded; {} where there is none.
 
     Raises:
@@ -103,7 +110,7 @@ def fsdp_part(folder: Path) -> dict[str, Any]:
         raise unreadable(folder / FSDP_SHARDED, error) from error
 
 
-def _sharded(folder: Path) -> dict[str, Any]:
+def _sharded(folder: Path) -> dict[str, torch.Tensor]:
     import warnings
 
     import torch
@@ -112,14 +119,14 @@ def _sharded(folder: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     with (folder / ".metadata").open("rb") as file:
-        index = _Index(file).load()
+        index: Metadata = _Index(file).load()
 
     class Reader(FileSystemReader):
-        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
             return index
 
     entries = index.state_dict_metadata.items()
-    found = {
+    tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries
         if isinstance(entry, TensorStorageMetadata)
@@ -127,37 +134,37 @@ def _sharded(folder: Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         # It says that no process group exists, which is so.
         warnings.simplefilter("ignore")
-        load(found, storage_reader=Reader(folder))
-    return {name.removeprefix("model."): tensor for name, tensor in found.items()}
+        load(tensors, storage_reader=Reader(folder))
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
-def text(path: Path) -> dict[str, Any]:
+def text(path: Path) -> Json:
     """A JSON file.
 
     Raises:
         AdapterError: it is absent, truncated, or no object.
     """
     try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
             raise TypeError("it is no JSON object")
     except (OSError, ValueError, TypeError) as error:
         raise unreadable(path, error) from error
-    return found
+    return content
 
 
 def unreadable(path: Path, error: BaseException) -> AdapterError:
     """Error that says what is wrong with a file."""
-    found = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return AdapterError(
         str(path),
-        f"cannot be read: {found}",
+        f"cannot be read: {why}",
         "Nothing was loaded from it",
         "Take the file of another save; `python -m trainer_fsdp_patch verify` tells which are whole",
     )
 
 
-def adapter_only(folder: Path, adapter: str = "default") -> dict[str, Any]:
+def adapter_only(folder: Path, adapter: str = "default") -> dict[str, torch.Tensor]:
     """The adapter's part of what a run resumes from, by the keys of an adapter file.
 
     Args:
@@ -168,11 +175,13 @@ def adapter_only(folder: Path, adapter: str = "default") -> dict[str, Any]:
         Tensors on the CPU; {} where there is no such part or where it cannot be read.
     """
     try:
-        found = {canonical(key): tensor for key, tensor in fsdp_part(folder).items()}
+        tensors = {canonical(key): tensor for key, tensor in fsdp_part(folder).items()}
     except AdapterError:
         return {}
-    live = {key: tensor for key, tensor in found.items() if adapter in key.split(".")}
-    found = {file_key(key, adapter): tensor for key, tensor in live.items()} if live else found
+    live = {key: tensor for key, tensor in tensors.items() if adapter in key.split(".")}
+    tensors = {file_key(key, adapter): tensor for key, tensor in live.items()} if live else tensors
     # What all layers share stands in a model's state dict once for each layer, and in a file once.
-    shared = {key.removeprefix("base_model.") for key in found if key.count(".") == 1}
-    return {key: tensor for key, tensor in found.items() if key.count(".") == 1 or key.rpartition(".")[2] not in shared}
+    shared = {key.removeprefix("base_model.") for key in tensors if key.count(".") == 1}
+    return {
+        key: tensor for key, tensor in tensors.items() if key.count(".") == 1 or key.rpartition(".")[2] not in shared
+    }

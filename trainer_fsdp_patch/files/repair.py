@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import bits
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.files import reading, verify
 from trainer_fsdp_patch.names import canonical
+
+if TYPE_CHECKING:
+    import torch
 
 REASONS = {
     "unreadable": "bytes that are gone cannot be brought back",
@@ -69,7 +72,7 @@ def _adapter(folder: Path, source: Path, target: Path, adapter: str) -> list[str
     from safetensors.torch import save_file
 
     file = reading.adapter_file(folder)
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
     done = []
     if file:
         try:
@@ -92,13 +95,13 @@ def _adapter(folder: Path, source: Path, target: Path, adapter: str) -> list[str
     return [*done, f"{target / reading.SAFE}: written, {len(owned)} tensors"]
 
 
-def _renamed(tensors: dict[str, Any]) -> tuple[dict[str, Any], int]:
+def _renamed(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
     """The same tensors by canonical keys, and how many keys changed.
 
     Raises:
         AdapterError: two keys would become one, and have other values.
     """
-    result: dict[str, Any] = {}
+    result: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         name = canonical(key)
         if name in result and not bits.same_bits(result[name], tensor):

@@ -8,11 +8,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.files import reading
 from trainer_fsdp_patch.names import canonical, file_key
+
+if TYPE_CHECKING:
+    import torch
 
 _PROJECTIONS = {"VERA": ("vera_A", "vera_B"), "PVERA": ("pvera_A", "pvera_B")}
 """Frozen tensors that peft draws in fp32 and that are part of the file, by `peft_type`."""
@@ -58,9 +61,9 @@ def verify_path(where: Path) -> list[Finding]:
     checkpoint = is_checkpoint(where)
     runs = reading.checkpoints(where) if where.is_dir() else []
     if not folders and not checkpoint and not runs:
-        found = "no adapter and no checkpoint in it" if where.is_dir() else "does not exist"
+        nothing = "no adapter and no checkpoint in it" if where.is_dir() else "does not exist"
         remedy = "Give an adapter file, the folder of one, or a checkpoint of a Trainer"
-        raise AdapterError(str(where), found, "There is nothing to verify", remedy)
+        raise AdapterError(str(where), nothing, "There is nothing to verify", remedy)
     findings = [item for folder in folders for item in _folder(folder)]
     findings += [item for run in runs for item in verify_path(run)]
     return findings + (list(_checkpoint(where, adapter=bool(folders))) if checkpoint else [])
@@ -77,12 +80,12 @@ def is_ours(folder: Path) -> bool:
     return any((folder / name).exists() for name in (reading.FSDP_FULL, reading.FSDP_SHARDED))
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> reading.Json:
     return reading.text(folder / reading.CONFIG) if (folder / reading.CONFIG).is_file() else {}
 
 
 def _folder(folder: Path) -> Iterator[Finding]:
-    config: dict[str, Any] = {}
+    config: reading.Json = {}
     try:
         config = _config(folder)
         if not config:
@@ -96,7 +99,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
         yield from _file(file, config)
 
 
-def _file(file: Path, config: dict[str, Any]) -> Iterator[Finding]:
+def _file(file: Path, config: reading.Json) -> Iterator[Finding]:
     try:
         tensors = reading.read_tensors(file)
     except AdapterError as error:
@@ -115,14 +118,14 @@ def _file(file: Path, config: dict[str, Any]) -> Iterator[Finding]:
 Fault = tuple[str, str, str]
 
 
-def _names(tensors: dict[str, Any]) -> Iterator[Fault]:
+def _names(tensors: dict[str, torch.Tensor]) -> Iterator[Fault]:
     """Names that wrappers put in: peft loads no such key, and says so in a warning only."""
     wrapped = [key for key in tensors if canonical(key) != key]
     if wrapped:
         yield wrapped[0], "wrapper-names", f"{len(wrapped)} of {len(tensors)} keys have the names of wrappers in them"
 
 
-def _partial(tensors: dict[str, Any]) -> Iterator[Fault]:
+def _partial(tensors: dict[str, torch.Tensor]) -> Iterator[Fault]:
     """Layers that lack what other layers of the same kind have."""
     layers: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for key in tensors:
@@ -138,7 +141,7 @@ def _partial(tensors: dict[str, Any]) -> Iterator[Fault]:
                 yield key, "partial", f"{len(lacking)} of {len(everywhere)} layers {pattern} lack {suffix.strip('.')}"
 
 
-def _untrained(tensors: dict[str, Any], kind: str) -> Iterator[Fault]:
+def _untrained(tensors: dict[str, torch.Tensor], kind: str) -> Iterator[Fault]:
     """A file that has what the adapter does not train, such as projections, and nothing that it does."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -155,7 +158,7 @@ def _elsewhere(folder: Path) -> bool:
     return any(prefix in key for key in reading.adapter_only(folder) for prefix in prefixes)
 
 
-def _values(tensors: dict[str, Any]) -> Iterator[Fault]:
+def _values(tensors: dict[str, torch.Tensor]) -> Iterator[Fault]:
     """Tensors without an element, with values that are not finite, and kinds of tensors that are zero everywhere."""
     import torch
 
@@ -176,15 +179,15 @@ def _values(tensors: dict[str, Any]) -> Iterator[Fault]:
             yield dead[0], "zero", f"{len(dead)} of {len(keys)} tensors {kind} are zero: never trained, or lost"
 
 
-def one_rank(tensors: dict[str, Any]) -> Iterator[Fault]:
+def one_rank(tensors: dict[str, torch.Tensor]) -> Iterator[Fault]:
     """Matrices of which one rank's rows have values and all others are zero."""
-    found = {key: shard for key, tensor in tensors.items() if (shard := _shard(tensor))}
-    if found:
-        key, (rank, ranks) = next(iter(found.items()))
-        yield key, "one-rank", f"{len(found)} tensors hold the rows of rank {rank} of {ranks} only, the rest is zero"
+    shards = {key: shard for key, tensor in tensors.items() if (shard := _shard(tensor))}
+    if shards:
+        key, (rank, ranks) = next(iter(shards.items()))
+        yield key, "one-rank", f"{len(shards)} tensors hold the rows of rank {rank} of {ranks} only, the rest is zero"
 
 
-def _shard(tensor: Any) -> tuple[int, int] | None:
+def _shard(tensor: torch.Tensor) -> tuple[int, int] | None:
     """Rank and number of ranks, where just the rows that FSDP gives that rank are not zero."""
     if tensor.dim() < 2 or tensor.shape[0] < 2 or not tensor.is_floating_point():
         return None
@@ -199,7 +202,7 @@ def _shard(tensor: Any) -> tuple[int, int] | None:
     return None
 
 
-def _rounded(tensors: dict[str, Any], kind: str) -> Iterator[Fault]:
+def _rounded(tensors: dict[str, torch.Tensor], kind: str) -> Iterator[Fault]:
     """Projections that mixed precision has rounded; they were drawn in fp32."""
     import torch
 
@@ -228,7 +231,7 @@ def _checkpoint(folder: Path, *, adapter: bool) -> Iterator[Finding]:
         yield from _left_out(folder, file, model)
 
 
-def _left_out(folder: Path, file: Path, model: dict[str, Any]) -> Iterator[Finding]:
+def _left_out(folder: Path, file: Path, model: dict[str, torch.Tensor]) -> Iterator[Finding]:
     """Tensors of the adapter file that the part which is resumed from lacks."""
     try:
         known = {file_key(key) for key in model}

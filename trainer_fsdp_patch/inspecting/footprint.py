@@ -13,11 +13,18 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, TensorInfo
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.shadowing import shadowed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
 
 @dataclass(frozen=True)
@@ -84,10 +91,10 @@ def fault(ours: Footprint, planned: Footprint | None, stock: Footprint | None) -
         for name in names if other is not None else ():
             if name == "units" and other is stock and ours.whole:
                 continue
-            found, wanted = getattr(ours, name), getattr(other, name)
-            if found is None or wanted is None or found == wanted or (found < wanted) != (name == "units"):
+            taken, wanted = getattr(ours, name), getattr(other, name)
+            if taken is None or wanted is None or taken == wanted or (taken < wanted) != (name == "units"):
                 continue
-            return f"{found} {_SAID[name]}, {whose} {wanted}"
+            return f"{taken} {_SAID[name]}, {whose} {wanted}"
     return ""
 
 
@@ -103,7 +110,7 @@ class Unit:
 
     points: tuple[str, ...] = ("unshard",)
 
-    def __init__(self, owner: Any, elements: dict[str, int], names: dict[str, set[str]], aliases: set[str]) -> None:
+    def __init__(self, owner: object, elements: dict[str, int], names: dict[str, set[str]], aliases: set[str]) -> None:
         self.owner, self.elements, self.names, self.aliases = owner, elements, names, aliases
 
     def of(self, names: set[str]) -> list[str]:
@@ -131,6 +138,8 @@ class Unit:
 class FlatUnit(Unit):
     """FSDP1's: `owner` is a FlatParamHandle."""
 
+    owner: FlatParamHandle
+
     @property
     def ranks(self) -> int:
         return int(self.owner.world_size) if self.owner.uses_sharded_strategy else 1
@@ -154,6 +163,8 @@ class FlatUnit(Unit):
 class GroupUnit(Unit):
     """FSDP2's: `owner` is an FSDPParamGroup."""
 
+    owner: FSDPParamGroup
+
     points = ("unshard", "wait_for_unshard")
 
     @property
@@ -161,8 +172,8 @@ class GroupUnit(Unit):
         return int(getattr(self.owner.mesh_info, "shard_mesh_size", 1))
 
     def shards(self) -> dict[str, int]:
-        found = (_stored(item._sharded_param_data) for item in self.owner.fsdp_params)
-        return dict(zip(self.elements, found, strict=True))
+        sizes = (_stored(item._sharded_param_data) for item in self.owner.fsdp_params)
+        return dict(zip(self.elements, sizes, strict=True))
 
     def gathered(self) -> int:
         # A unit that is asked for counts from then on. While it is copied out of the buffer it exists twice for a
@@ -173,11 +184,11 @@ class GroupUnit(Unit):
         return max(arriving, sum(map(_stored, outputs)))
 
 
-def _stored(tensor: Any) -> int:
+def _stored(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage().nbytes()) if not tensor.is_meta else 0
 
 
-def units(model: Any) -> list[Unit]:
+def units(model: nn.Module) -> list[Unit]:
     """FSDP's units of a wrapped model that have parameters, those of several modules once.
 
     Args:
@@ -188,25 +199,33 @@ def units(model: Any) -> list[Unit]:
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(canonical(name))
-    found: dict[int, Unit] = {}
+    by_owner: dict[int, Unit] = {}
     for module in model.modules():
-        if isinstance(module, FullyShardedDataParallel) and getattr(module, "_handle", None) is not None:
-            found[id(module._handle)] = _flat(module._handle, names)
+        handle = getattr(module, "_handle", None) if isinstance(module, FullyShardedDataParallel) else None
+        if handle is not None:
+            by_owner[id(handle)] = _flat(handle, names)
         for group in groups(module):
-            found[id(group)] = _group(group, names)
-    return list(found.values())
+            by_owner[id(group)] = _group(group, names)
+    return list(by_owner.values())
 
 
-def groups(module: Any) -> list[Any]:
+def state_of(module: nn.Module) -> FSDPState | None:
+    """FSDP2's state of a module that is one of its units, or None."""
+    get = getattr(module, "_get_fsdp_state", None)
+    state: FSDPState | None = None if get is None else get()
+    return state
+
+
+def groups(module: nn.Module) -> list[FSDPParamGroup]:
     """FSDP2's groups of a module, of which torch before 2.12 has one."""
-    if not hasattr(module, "_get_fsdp_state"):
+    state = state_of(module)
+    if state is None:
         return []
-    state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     return [group for group in (groups if groups is not None else [state._fsdp_param_group]) if group is not None]
 
 
-def _flat(handle: Any, names: dict[int, list[str]]) -> Unit:
+def _flat(handle: FlatParamHandle, names: dict[int, list[str]]) -> Unit:
     flat = handle.flat_param
     own = [_join(names, info.module, info.param_name) for info in flat._param_infos]
     others = [_join(names, info.module, info.param_name) for info in flat._shared_param_infos]
@@ -214,7 +233,7 @@ def _flat(handle: Any, names: dict[int, list[str]]) -> Unit:
     return _unit(FlatUnit, handle, own, others, [int(shape.numel()) for shape in flat._shapes])
 
 
-def _group(group: Any, names: dict[int, list[str]]) -> Unit:
+def _group(group: FSDPParamGroup, names: dict[int, list[str]]) -> Unit:
     infos = [item._module_info for item in group.fsdp_params]
     own = [_join(names, info.module, info.param_name) for info in infos]
     others = [
@@ -225,13 +244,13 @@ def _group(group: Any, names: dict[int, list[str]]) -> Unit:
     return _unit(GroupUnit, group, own, others, [int(item._orig_size.numel()) for item in group.fsdp_params])
 
 
-def _unit(kind: type[Unit], owner: Any, own: list[list[str]], others: list[list[str]], counts: list[int]) -> Unit:
+def _unit(kind: type[Unit], owner: object, own: list[list[str]], others: list[list[str]], counts: list[int]) -> Unit:
     """A unit from all names of each parameter: a module may be a child of several others."""
     elements = {together[0]: count for together, count in zip(own, counts, strict=True)}
     return kind(owner, elements, {together[0]: set(together) for together in own}, {n for some in others for n in some})
 
 
-def _join(names: dict[int, list[str]], module: Any, key: str) -> list[str]:
+def _join(names: dict[int, list[str]], module: nn.Module, key: str) -> list[str]:
     return [f"{name}.{key}".lstrip(".") for name in names.get(id(module), [""])]
 
 
@@ -245,7 +264,7 @@ class Watch:
         peak: the largest sum so far.
     """
 
-    model: Any
+    model: nn.Module
     tensors: Iterable[TensorInfo]
     peak: int = 0
     units: list[Unit] = field(default_factory=list)
@@ -271,8 +290,8 @@ class Watch:
             self.sample()
             yield
 
-    def _sampled(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
-        def sampled(*args: Any, **kwargs: Any) -> Any:
+    def _sampled(self, upstream: Callable[..., object]) -> Callable[..., object]:
+        def sampled(*args: object, **kwargs: object) -> object:
             result = upstream(*args, **kwargs)
             self.sample()
             return result

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def models() -> list[str]:
@@ -18,12 +21,12 @@ def models() -> list[str]:
     fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     fsdp2 = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     kinds = tuple(kind for kind in (fsdp1, fsdp2) if kind is not None)
-    found: list[Any] = [item for item in gc.get_objects() if issubclass(type(item), kinds)]
-    inner = {id(child) for item in found for child in item.modules() if child is not item}
-    return sorted({_name(item) for item in found if id(item) not in inner})
+    wrapped: list[nn.Module] = [item for item in gc.get_objects() if issubclass(type(item), kinds)]
+    inner = {id(child) for item in wrapped for child in item.modules() if child is not item}
+    return sorted({_name(item) for item in wrapped if id(item) not in inner})
 
 
-def _name(item: Any) -> str:
+def _name(item: nn.Module) -> str:
     """FSDP2 derives a class of its own from the model's; FSDP1 puts the model inside."""
     module = getattr(item, "_fsdp_wrapped_module", None)
     return type(item if module is None else module).__name__.removeprefix("FSDP")

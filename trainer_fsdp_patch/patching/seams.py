@@ -9,10 +9,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.patching import registry, wrapping
+
+Entry = dict[str, str | list[str]]
+"""What is recorded of one upstream function."""
 
 RECORD = Path(__file__).with_name("seams.json")
 """What the newest tested releases have, written by `seams --record`."""
@@ -42,7 +44,7 @@ class Move:
         seam: module and dotted path.
         patches: names of the patches that wrap it, in any release; none where it is only watched.
         state: same, body (only the body changed), signature, gone, or new.
-        detail: what was recorded and what is found, where they differ.
+        detail: what was recorded and what is there now, where they differ.
     """
 
     seam: str
@@ -64,7 +66,7 @@ def known() -> Iterator[tuple[str, str, tuple[str, ...]]]:
         yield target, path, tuple(names)
 
 
-def look(target: str, path: str) -> dict[str, Any] | None:
+def look(target: str, path: str) -> Entry | None:
     """Parameters of an upstream function and a digest of its source, or None where it is not there.
 
     Of what the target imports from another package there is only its name: that package has releases of its own.
@@ -92,16 +94,16 @@ def digest(source: str) -> str:
 def moves() -> list[Move]:
     """Compare the installed releases with the record; every seam is in the result."""
     record = json.loads(RECORD.read_text())["seams"]
-    found = []
+    compared = []
     for target, path, names in known():
         seam = f"{target}.{path}"
         then, now = record.get(seam), look(target, path)
         state, detail = _difference(then, now)
-        found.append(Move(seam, names, state, detail))
-    return found
+        compared.append(Move(seam, names, state, detail))
+    return compared
 
 
-def _difference(then: dict[str, Any] | None, now: dict[str, Any] | None) -> tuple[str, str]:
+def _difference(then: Entry | None, now: Entry | None) -> tuple[str, str]:
     if then is None or now is None:
         return ("same" if then is now else "new" if then is None else "gone"), ""
     if "imported" in then or "imported" in now:

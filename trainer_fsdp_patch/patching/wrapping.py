@@ -10,14 +10,25 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import wrapt
 
 from trainer_fsdp_patch.errors import PatchError
 
-WrapperFunction = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
-Gate = Callable[[Any, dict[str, Any]], bool]
+Wrapped = Callable[..., Any]
+"""The upstream function as wrapt hands it over: bound to its instance, to be called without it."""
+
+Args = tuple[Any, ...]
+"""Positional arguments of a wrapped call, without the instance."""
+
+Kwargs = dict[str, Any]
+"""Keyword arguments of a wrapped call, or all of its arguments by name."""
+
+WrapperFunction = Callable[[Wrapped, Any, Args, Kwargs], object]
+"""A function in wrapt's four-argument form; its second argument is the instance, or None for a plain function."""
+
+Gate = Callable[[Any, Kwargs], bool]
 """Asked with the instance and the arguments by name whether a call is one that a patch is for."""
 
 _ABSENT = object()
@@ -26,18 +37,19 @@ _ABSENT = object()
 class BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[misc]
     """What a class or an instance answers with; it is copied and pickled as the function or method would be."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         if self._self_instance is None:
-            return self._self_parent.__reduce_ex__(protocol)
+            reduced: tuple[object, ...] = self._self_parent.__reduce_ex__(protocol)
+            return reduced
         return getattr, (self._self_instance, self.__name__)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return self.__reduce_ex__(2)
 
-    def __copy__(self) -> Any:
+    def __copy__(self) -> object:
         return self if self._self_instance is None else getattr(self._self_instance, self.__name__)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, object]) -> object:
         if self._self_instance is None:
             return self
         return getattr(copy.deepcopy(self._self_instance, memo), self.__name__)
@@ -52,32 +64,39 @@ class PatchWrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
 
     __bound_function_wrapper__ = BoundWrapper
 
-    def __init__(self, wrapped: Any, wrapper: WrapperFunction, *, enabled: Any = None, place: str = "") -> None:
+    def __init__(
+        self,
+        wrapped: object,
+        wrapper: WrapperFunction,
+        *,
+        enabled: Callable[[], bool] | None = None,
+        place: str = "",
+    ) -> None:
         super().__init__(wrapped, wrapper, enabled=enabled)
         self._self_place, self._self_unbound = place, None
 
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
         if instance is not None:
             return super().__get__(instance, owner)
         if self._self_unbound is None:
             self._self_unbound = super().__get__(None, owner)
         return self._self_unbound
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         # A function of the standard library: where it is unpickled, this package need not be.
         return pkgutil.resolve_name, (self._self_place,)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return self.__reduce_ex__(2)
 
-    def __copy__(self) -> Any:
+    def __copy__(self) -> object:
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, object]) -> object:
         return self
 
 
-def argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, default: Any = None) -> Any:
+def argument(args: Args, kwargs: Kwargs, place: int, name: str, default: object = None) -> Any:
     """An argument of a wrapped call, however it was passed.
 
     Args:
@@ -116,13 +135,13 @@ class Seam:
     foreign: str = ""
     _wrapper: PatchWrapper | None = None
     _turn: int = 0
-    _entry: tuple[Any, str, Any] | None = field(default=None, repr=False)
+    _entry: tuple[object, str, object] | None = field(default=None, repr=False)
 
     def is_active(self, turn: int) -> bool:
         """Whether the wrapper that was put on at that turn is to act; a gate that is shut needs no call to be seen."""
         return self.live and turn == self._turn and not self._shut() and self.enabled()
 
-    def call(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
         """What stands in the place of the upstream function."""
         if self.only is None or self.only(instance, self.named(args, kwargs)):
             return self.function(wrapped, instance, args, kwargs)
@@ -134,7 +153,7 @@ class Seam:
             return parameters[: len(self.parameters) - 1] == self.parameters[:-1]
         return parameters == self.parameters
 
-    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def named(self, args: Args, kwargs: Kwargs) -> Kwargs:
         """A call's arguments by name, but for the instance; what is left to defaults is absent."""
         return {**dict(zip(self._names, args, strict=False)), **kwargs}
 
@@ -147,7 +166,7 @@ class Seam:
         return self.parameters[1:] if self.parameters[:1] == ("self",) else self.parameters
 
 
-def resolve(module: ModuleType, path: str) -> tuple[Any, str, Any]:
+def resolve(module: ModuleType, path: str) -> tuple[object, str, Any]:
     """Parent, attribute name and raw attribute (a staticmethod stays one) of a dotted path.
 
     Raises:
@@ -169,19 +188,19 @@ def check(module: ModuleType, seam: Seam) -> None:
         raise PatchError(f"{module.__name__} has no {seam.path}", found="nothing") from None
     function = getattr(original, "__func__", original)
     try:
-        found = tuple(inspect.signature(function).parameters)
+        takes = tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError) as error:
         raise PatchError(f"{module.__name__}.{seam.path} is not a function", found=repr(original)) from error
-    if not seam.takes(found):
+    if not seam.takes(takes):
         wanted = ", ".join(seam.parameters)
         raise PatchError(
-            f"{module.__name__}.{seam.path} takes ({', '.join(found)}), the patch knows ({wanted})",
-            found=", ".join(found),
+            f"{module.__name__}.{seam.path} takes ({', '.join(takes)}), the patch knows ({wanted})",
+            found=", ".join(takes),
         )
     seam.foreign = stranger(function, module)
 
 
-def stranger(function: Any, module: ModuleType) -> str:
+def stranger(function: object, module: ModuleType) -> str:
     """Module of another package that put a function in place of, or around, one of `module`'s package, or ""."""
     known = {module.__name__.split(".")[0], "trainer_fsdp_patch", "torch", "safetensors", *sys.stdlib_module_names}
     while function is not None:
@@ -192,7 +211,7 @@ def stranger(function: Any, module: ModuleType) -> str:
     return ""
 
 
-def _owners(function: Any) -> list[str]:
+def _owners(function: object) -> list[str]:
     """Modules that a function says it is of, and is of: functools.wraps and wrapt hide the second."""
     inner = getattr(function, "_self_wrapper", function)
     inner = getattr(inner, "__func__", inner)
@@ -205,13 +224,13 @@ def replaced(module: ModuleType, seam: Seam) -> str:
     if not seam.live:
         return ""
     try:
-        found = resolve(module, seam.path)[2]
+        raw = resolve(module, seam.path)[2]
     except AttributeError:
         return "somebody who removed it"
-    if _carries(found, seam._wrapper):
-        seam.foreign = seam.foreign or stranger(found, module)
+    if _carries(raw, seam._wrapper):
+        seam.foreign = seam.foreign or stranger(raw, module)
         return ""
-    function = getattr(found, "__func__", found)
+    function = getattr(raw, "__func__", raw)
     return stranger(function, module) or str(getattr(function, "__module__", None) or "somebody unknown")
 
 
@@ -258,7 +277,7 @@ def wrap_again(module: ModuleType, seam: Seam) -> None:
     _write(module, seam)
 
 
-def _carries(function: Any, wrapper: PatchWrapper | None) -> bool:
+def _carries(function: object, wrapper: PatchWrapper | None) -> bool:
     """Whether a function is a wrapper of ours or somebody else's that still has it inside."""
     while function is not None:
         # Who looked our wrapper up on its class holds what it is bound as.
@@ -284,7 +303,7 @@ def undo(seams: Iterable[Seam]) -> None:
         seam._entry = seam._wrapper = None
 
 
-def depth(function: Any) -> int:
+def depth(function: object) -> int:
     """Number of our wrappers around a raw attribute, live or silent."""
     count = 0
     while function is not None:

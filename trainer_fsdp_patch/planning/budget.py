@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.errors import PlanError
@@ -59,8 +58,8 @@ def check_settings(adapter_placement: str, adapter_budget: int | None) -> None:
         _refuse("adapter_budget", adapter_budget, "Give a number of bytes, such as 2 * 2**30, or leave it out")
 
 
-def _refuse(setting: str, found: Any, remedy: str) -> None:
-    raise PlanError(setting, repr(found), "No plan was made", remedy, setting=setting)
+def _refuse(setting: str, value: object, remedy: str) -> None:
+    raise PlanError(setting, repr(value), "No plan was made", remedy, setting=setting)
 
 
 def cost(tensor: TensorInfo) -> int:
@@ -117,19 +116,19 @@ def cannot_shard(
         units: names of the FSDP units that each parameter is used in, by its name.
         copies: names of the parameters of whole modules that are trained, as modules_to_save has them.
     """
-    found = {}
+    barred = {}
     dtypes: dict[str, str] = {}
     for tensor in sorted((item for item in tensors if item.role == ADAPTER), key=cost, reverse=True):
         unit = min(units[tensor.name])
         if len(units[tensor.name]) > 1:
-            found[tensor.name] = f"{len(units[tensor.name])} units share it"
+            barred[tensor.name] = f"{len(units[tensor.name])} units share it"
         elif fsdp_version == 1 and tensor.name not in copies:
-            found[tensor.name] = "FSDP1 would give its unit's frozen weights a gradient"
+            barred[tensor.name] = "FSDP1 would give its unit's frozen weights a gradient"
         elif fsdp_version == 2 and not _side_by_side():
-            found[tensor.name] = "that takes accelerate 1.15 and torch 2.13"
+            barred[tensor.name] = "that takes accelerate 1.15 and torch 2.13"
         elif dtypes.setdefault(unit, tensor.dtype) != tensor.dtype:
-            found[tensor.name] = f"its unit trains {dtypes[unit]} and not {tensor.dtype}"
-    return found
+            barred[tensor.name] = f"its unit trains {dtypes[unit]} and not {tensor.dtype}"
+    return barred
 
 
 def _side_by_side() -> bool:

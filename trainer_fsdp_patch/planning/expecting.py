@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.inspecting.footprint import Footprint
 from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, TensorInfo
 from trainer_fsdp_patch.names import canonical
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from trainer_fsdp_patch.planning.plan import Plan
 
 SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -21,7 +23,7 @@ Units = tuple[tuple[str, tuple[str, ...]], ...]
 """Name of each unit's module, and the canonical names of what it shards; the first is the root, which may have none."""
 
 
-def units(model: Any, tensors: Iterable[str], names: list[str], fsdp_version: int) -> Units:
+def units(model: nn.Module, tensors: Iterable[str], names: list[str], fsdp_version: int) -> Units:
     """The units that FSDP will have, by the rules of a wrap policy of classes.
 
     Args:
@@ -34,17 +36,17 @@ def units(model: Any, tensors: Iterable[str], names: list[str], fsdp_version: in
     homes = {name: name for name in together}
     for group in _carved(model, set(names)) if fsdp_version == 2 else ():
         homes |= dict.fromkeys(group, group[0])
-    found: dict[str, list[str]] = {"": []}
+    sharded: dict[str, list[str]] = {"": []}
     slots = _slots(model)
     for tensor in tensors:
         nearest = {_nearest(name, homes) for name in slots.get(tensor, [tensor])}
         # What several units name is in the root, or FSDP would own it twice.
         home = nearest.pop() if len(nearest) == 1 else ""
-        found.setdefault(home, []).append(tensor)
-    return tuple((home, tuple(held)) for home, held in found.items())
+        sharded.setdefault(home, []).append(tensor)
+    return tuple((home, tuple(held)) for home, held in sharded.items())
 
 
-def _slots(model: Any) -> dict[str, list[str]]:
+def _slots(model: nn.Module) -> dict[str, list[str]]:
     """All canonical names of each parameter, by each of them."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -57,7 +59,7 @@ def _nearest(name: str, homes: dict[str, str]) -> str:
     return homes.get(within, "")
 
 
-def _carved(model: Any, names: set[str]) -> Iterator[list[str]]:
+def _carved(model: nn.Module, names: set[str]) -> Iterator[list[str]]:
     """Modules that accelerate makes FSDP2 units of beside the policy's: the embeddings, and the last norm and head."""
     from accelerate.utils import fsdp_utils
 
@@ -82,7 +84,7 @@ def _carved(model: Any, names: set[str]) -> Iterator[list[str]]:
             yield [known[id(item)] for item in able]
 
 
-def _tied(first: Any, second: Any) -> bool:
+def _tied(first: nn.Module | None, second: nn.Module | None) -> bool:
     """Whether two modules have a parameter in common; whatever peft has put around them is asked as well."""
     inside = [set() if module is None else set(map(id, module.parameters())) for module in (first, second)]
     return not inside[0].isdisjoint(inside[1])

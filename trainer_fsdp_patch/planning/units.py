@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.inspecting import inventory
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def others(model: Any, ignored: Collection[int] = ()) -> dict[int, set[int]]:
+
+def others(model: nn.Module, ignored: Collection[int] = ()) -> dict[int, set[int]]:
     """For each module those that have a parameter of FSDP's, or a child that holds some, in common with it.
 
     What FSDP ignores does not decide where a unit ends: an adapter's projections, dictionaries and trainable tensors
@@ -32,16 +35,16 @@ def others(model: Any, ignored: Collection[int] = ()) -> dict[int, set[int]]:
     others: dict[int, set[int]] = {}
     for together in users.values():
         if len(together) > 1:
-            for module in together:
-                others.setdefault(module, set()).update(together)
+            for user in together:
+                others.setdefault(user, set()).update(together)
     return others
 
 
-def _owns(module: Any, ignored: Collection[int]) -> bool:
+def _owns(module: nn.Module, ignored: Collection[int]) -> bool:
     return any(id(parameter) not in ignored for parameter in module.parameters())
 
 
-def cannot_be_unit(model: Any, ignored: Collection[int] = ()) -> Callable[[Any], bool]:
+def cannot_be_unit(model: nn.Module, ignored: Collection[int] = ()) -> Callable[[nn.Module], bool]:
     """Which modules must not be units of their own, for a wrap policy of FSDP1.
 
     FSDP1 puts a unit in a module's place in one parent; another, as prompt learning is of embeddings, would miss it.
@@ -56,7 +59,7 @@ def cannot_be_unit(model: Any, ignored: Collection[int] = ()) -> Callable[[Any],
     return lambda module: id(module) in within or reaches_outside([module], shared)
 
 
-def parts(model: Any) -> set[int]:
+def parts(model: nn.Module) -> set[int]:
     """Modules that work as a part of a unit only, by identity.
 
     Adapters read what is below the layer that they adapt outside its forward, or hand on more than tensors around a
@@ -67,20 +70,20 @@ def parts(model: Any) -> set[int]:
 
     blocks = set(getattr(model, "_no_split_modules", None) or ())
     tuners = inventory.tuners(model)
-    found = {id(item) for item in tuners}
+    within = {id(item) for item in tuners}
     for module in model.modules():
         adapted = module not in tuners and inventory.is_adapted(module)
         inside = getattr(module, "base_layer", None)
         # Activation checkpointing has put its wrapper around the block by then.
         around = type(getattr(inside, "_checkpoint_wrapped_module", inside)).__name__ in blocks
         if isinstance(module, PreTrainedModel) or (adapted and around):
-            found.add(id(module))
+            within.add(id(module))
         elif adapted:
-            found.update(id(item) for item in module.modules() if item is not module)
-    return found
+            within.update(id(item) for item in module.modules() if item is not module)
+    return within
 
 
-def reaches_outside(modules: Any, others: dict[int, set[int]]) -> bool:
+def reaches_outside(modules: Iterable[nn.Module], others: dict[int, set[int]]) -> bool:
     """Whether something below some modules belongs to others too: two units cannot both have it."""
     inside = {id(part) for module in modules for part in module.modules()}
     return any(not others.get(part, inside) <= inside for part in inside)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import bits, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared
 
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
 logger = logging.getLogger("trainer_fsdp_patch")
 
 
-def synchronize(prepared: Prepared, accelerator: Any, taken: inventory.Inventory) -> None:
+def synchronize(prepared: Prepared, accelerator: Accelerator, taken: inventory.Inventory) -> None:
     """Give every rank rank 0's bits of each tensor of the base that differs, as DDP does.
 
     An initialization of the adapter that alters the base, such as PiSSA's, draws random numbers, and each rank
@@ -47,7 +51,7 @@ def synchronize(prepared: Prepared, accelerator: Any, taken: inventory.Inventory
 _COMPARISON = "comparison of the frozen base"
 
 
-def _is_broadcast_by_fsdp(prepared: Prepared, accelerator: Any) -> bool:
+def _is_broadcast_by_fsdp(prepared: Prepared, accelerator: Accelerator) -> bool:
     """Whether rank 0 alone has loaded the base, or hands out its own anyhow."""
     plugin = accelerator.state.fsdp_plugin
     if prepared.plan.fsdp_version == 1:
@@ -57,7 +61,7 @@ def _is_broadcast_by_fsdp(prepared: Prepared, accelerator: Any) -> bool:
     return bool(plugin.cpu_ram_efficient_loading) and not packed
 
 
-def _frozen(prepared: Prepared, taken: inventory.Inventory, by_fsdp: bool) -> list[tuple[str, Any]]:
+def _frozen(prepared: Prepared, taken: inventory.Inventory, by_fsdp: bool) -> list[tuple[str, torch.Tensor]]:
     """Weights and persistent buffers of the base by canonical name, each once, and what packed ones consist of.
 
     Args:
@@ -68,7 +72,7 @@ def _frozen(prepared: Prepared, taken: inventory.Inventory, by_fsdp: bool) -> li
     shared = {id(tensor) for tensor in prepared.of_adapter().values()}
     ignored = {id(tensor) for tensor in prepared.tensors}
     seen: set[int] = set()
-    found = []
+    parts = []
     for slot in taken.slots:
         key = id(slot.tensor)
         ours = key in shared or slot.name in prepared.sharded_names
@@ -76,11 +80,11 @@ def _frozen(prepared: Prepared, taken: inventory.Inventory, by_fsdp: bool) -> li
         if ours or not slot.persistent or (by_fsdp and key not in ignored) or key in seen:
             continue
         seen.add(key)
-        found += [(f"{slot.name}{suffix}", part) for suffix, part in _parts(slot.tensor)]
-    return found
+        parts += [(f"{slot.name}{suffix}", part) for suffix, part in _parts(slot.tensor)]
+    return parts
 
 
-def _parts(tensor: Any) -> Iterator[tuple[str, Any]]:
+def _parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """A tensor, or what it is made of; and the statistics that quantizers keep beside packed numbers."""
     import torch
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -103,7 +107,7 @@ def _parts(tensor: Any) -> Iterator[tuple[str, Any]]:
                 pending.append((f"{prefix}.{key}", value))
 
 
-def _refuse_other_tensors(named: list[tuple[str, Any]]) -> None:
+def _refuse_other_tensors(named: list[tuple[str, torch.Tensor]]) -> None:
     """Refuse bases of which one rank has other tensors; the lists are exchanged only where they differ.
 
     Raises:
@@ -114,19 +118,19 @@ def _refuse_other_tensors(named: list[tuple[str, Any]]) -> None:
     if len(set(sums)) == 1:
         return
     first, *others = map(set, collectives.all_gather_object(made, _COMPARISON))
-    rank, found = next((rank, sorted(other ^ first)[0]) for rank, other in enumerate(others, 1) if other != first)
-    name, _, kind = found.partition(": ")
-    side = "rank 0" if found in first else f"rank {rank}"
+    rank, entry = next((rank, sorted(other ^ first)[0]) for rank, other in enumerate(others, 1) if other != first)
+    name, _, kind = entry.partition(": ")
+    side = "rank 0" if entry in first else f"rank {rank}"
     raise AdapterError(
         name,
-        f"{kind} on {side}, and not so on {f'rank {rank}' if found in first else 'rank 0'}",
+        f"{kind} on {side}, and not so on {f'rank {rank}' if entry in first else 'rank 0'}",
         "FSDP would put one base together from different ones",
         "Load the same base model in the same way on every rank",
         tensor=name,
     )
 
 
-def _differing(tensors: list[Any], device: Any) -> list[int]:
+def _differing(tensors: list[torch.Tensor], device: torch.device) -> list[int]:
     """Places of the tensors whose bits are not the same on all ranks; those on meta somewhere are FSDP's to fill."""
     import torch
     import torch.distributed as dist

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import unwrap
 from trainer_fsdp_patch.preparing import fsdp_plugin, prepare
 from trainer_fsdp_patch.training import optimizer_groups
 
+if TYPE_CHECKING:
+    from transformers import Trainer
 
-def wrap_first(trainer: Any) -> None:
+
+def wrap_first(trainer: Trainer) -> None:
     """Wrap a model that is evaluated before it is trained as `train()` would, with its optimizer under FSDP2.
 
     https://github.com/huggingface/transformers/issues/39961
@@ -37,7 +40,7 @@ def wrap_first(trainer: Any) -> None:
 
 
 @contextlib.contextmanager
-def evaluating(trainer: Any) -> Iterator[None]:
+def evaluating(trainer: Trainer) -> Iterator[None]:
     """Around an evaluation before `train()`, in releases that would take FSDP1's wrapper off and put on another.
 
     Between the two the Trainer has the bare model, by which `train()` sees that it is wrapped already.

@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.errors import PlanError, warn
 from trainer_fsdp_patch.inspecting import inventory
@@ -17,22 +17,26 @@ from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from torch import nn
+    from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
     from trainer_fsdp_patch.planning.plan import Plan
+
+    Policy = MixedPrecision | MixedPrecisionPolicy
 
 _ASKED = "_trainer_fsdp_patch_asked"
 _IGNORED = "_trainer_fsdp_patch_ignored"
 _POLICY = "_trainer_fsdp_patch_policy"
 
 
-def version_of(plugin: Any) -> int:
+def version_of(plugin: FullyShardedDataParallelPlugin) -> int:
     """FSDP's version."""
     # until accelerate 1.6: it knows the first one only
     return int(getattr(plugin, "fsdp_version", 1))
 
 
-def remember_arguments(plugin: Any, asked: dict[str, Any]) -> None:
+def remember_arguments(plugin: FullyShardedDataParallelPlugin, asked: dict[str, object]) -> None:
     """Keep what a user gave the FSDP plugin explicitly, so that it wins over a plan later.
 
     Nothing is checked and nothing changed before a plan is made: whose run it is to be is not known yet.
@@ -47,7 +51,7 @@ def remember_arguments(plugin: Any, asked: dict[str, Any]) -> None:
     setattr(plugin, _ASKED, plain)
 
 
-def warn_of_flag(plugin: Any, config: dict[str, Any]) -> None:
+def warn_of_flag(plugin: FullyShardedDataParallelPlugin, config: dict[str, object]) -> None:
     """Warn where `use_orig_params` is false for FSDP2, which has no such flag; the run itself stays right.
 
     Args:
@@ -64,9 +68,9 @@ def warn_of_flag(plugin: Any, config: dict[str, Any]) -> None:
         )
 
 
-def explicit_policy(accelerator: Any, plugin: Any) -> Any:
+def explicit_policy(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> Policy | None:
     """The plugin's mixed-precision policy where a user gave it, or None where accelerate or we made it."""
-    policy = plugin.mixed_precision_policy
+    policy: Policy | None = plugin.mixed_precision_policy
     if policy is None or policy is getattr(plugin, _POLICY, None):
         return None
     if "mixed_precision_policy" in getattr(plugin, _ASKED, ()):
@@ -78,13 +82,13 @@ def explicit_policy(accelerator: Any, plugin: Any) -> Any:
     return None if policy == default.mixed_precision_policy else policy
 
 
-def user_ignored(plugin: Any) -> Any:
+def user_ignored(plugin: FullyShardedDataParallelPlugin) -> str | Iterable[nn.Module] | None:
     """The user's ignored modules, also after we have put ours beside them."""
     ours, users = getattr(plugin, _IGNORED, (None, None))
     return users if ours is not None and plugin.ignored_modules is ours else plugin.ignored_modules
 
 
-def unit_classes(plugin: Any) -> Any:
+def unit_classes(plugin: FullyShardedDataParallelPlugin) -> Sequence[str] | None:
     """Class names of the units; None for the model's own, and none at all where units go by size."""
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
@@ -101,16 +105,22 @@ def unit_classes(plugin: Any) -> Any:
     return [item.__name__ for item in classes] if classes else names
 
 
-def _users_policy(plugin: Any) -> Any:
+def _users_policy(plugin: FullyShardedDataParallelPlugin) -> Callable[..., bool] | None:
     """The plugin's wrap policy without what we have put around it."""
     policy = plugin.auto_wrap_policy
     while getattr(policy, "func", None) in (_allowed, _or_own):
         policy = policy.keywords["policy"]
-    return policy
+    users: Callable[..., bool] | None = policy
+    return users
 
 
 def plan_for(
-    model: Any, accelerator: Any, plugin: Any, policy: Any, unsharded: str, taken: inventory.Inventory
+    model: nn.Module,
+    accelerator: Accelerator,
+    plugin: FullyShardedDataParallelPlugin,
+    policy: Policy | None,
+    unsharded: str,
+    taken: inventory.Inventory,
 ) -> Plan:
     """Plan from accelerate's plugin.
 
@@ -156,7 +166,7 @@ def plan_for(
     return plan
 
 
-def shards(accelerator: Any, plugin: Any) -> int:
+def shards(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> int:
     """Number of ranks over which FSDP shards one copy of the base: fewer than all where groups of them hold it each.
 
     Args:
@@ -178,7 +188,7 @@ def shards(accelerator: Any, plugin: Any) -> int:
     return min(int(accelerator.num_processes), max(1, int(devices)))
 
 
-def set_flags(prepared: Prepared, plugin: Any, explicit: Any) -> None:
+def set_flags(prepared: Prepared, plugin: FullyShardedDataParallelPlugin, explicit: Policy | None) -> None:
     """Dtypes and ignored modules on accelerate's plugin; FSDP1 takes the latter as modules."""
     import torch
 
@@ -201,7 +211,7 @@ def set_flags(prepared: Prepared, plugin: Any, explicit: Any) -> None:
         setattr(plugin, _IGNORED, (plugin.ignored_modules, users))
 
 
-def _name_units(model: Any, plugin: Any) -> None:
+def _name_units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
     """Name the model's own unit classes where some are not in it, such as a vision model's text layers.
 
     accelerate looks for each of `_no_split_modules`, and fails on the first that is absent.
@@ -216,7 +226,7 @@ def _name_units(model: Any, plugin: Any) -> None:
         plugin.transformer_cls_names_to_wrap = present
 
 
-def _wrap_policy(prepared: Prepared, plugin: Any) -> None:
+def _wrap_policy(prepared: Prepared, plugin: FullyShardedDataParallelPlugin) -> None:
     """Keep FSDP1's units by size to modules that can be units, and add those of whole modules that are trained."""
     from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
@@ -238,13 +248,22 @@ def _wrap_policy(prepared: Prepared, plugin: Any) -> None:
     plugin.auto_wrap_policy = functools.partial(_or_own, policy=plugin.auto_wrap_policy, own=own)
 
 
-def _allowed(module: Any, recurse: bool, nonwrapped_numel: int, *, policy: Any, barred: Callable[[Any], bool]) -> bool:
+def _allowed(
+    module: nn.Module,
+    recurse: bool,
+    nonwrapped_numel: int,
+    *,
+    policy: Callable[..., bool],
+    barred: Callable[[nn.Module], bool],
+) -> bool:
     """A wrap policy of torch's kind."""
     wanted = policy(module=module, recurse=recurse, nonwrapped_numel=nonwrapped_numel)
     return bool(wanted) and (recurse or not barred(module))
 
 
-def _or_own(module: Any, recurse: bool, nonwrapped_numel: int, *, policy: Any, own: frozenset[int]) -> bool:
+def _or_own(
+    module: nn.Module, recurse: bool, nonwrapped_numel: int, *, policy: Callable[..., bool] | None, own: frozenset[int]
+) -> bool:
     """A wrap policy of torch's kind."""
     wanted = not own.isdisjoint(map(id, module.modules())) if recurse else id(module) in own
     return wanted or (
@@ -252,7 +271,7 @@ def _or_own(module: Any, recurse: bool, nonwrapped_numel: int, *, policy: Any, o
     )
 
 
-def _ignored(prepared: Prepared) -> list[Any]:
+def _ignored(prepared: Prepared) -> list[nn.Module]:
     """Modules for FSDP1 to ignore: those that hold nothing else than what is ignored, and one for the rest.
 
     FSDP1 ignores tensors by identity wherever they sit, but is told of them by modules; a module of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError
@@ -10,8 +10,11 @@ from trainer_fsdp_patch.planning.prepared import Prepared
 from trainer_fsdp_patch.saving import adapter_state
 from trainer_fsdp_patch.training import steps
 
+if TYPE_CHECKING:
+    import torch
 
-def take_up(prepared: Prepared, device: Any) -> None:
+
+def take_up(prepared: Prepared, device: torch.device) -> None:
     """Replicate, broadcast and average them as the plan has it for the first ones; all ranks call this alike.
 
     Args:
@@ -21,23 +24,23 @@ def take_up(prepared: Prepared, device: Any) -> None:
     Raises:
         AdapterError: on all ranks, where one holds others.
     """
-    found = prepared.later()
-    _agree({name: (tensor.dtype, tensor.shape) for name, tensor in found.items()})
-    if not found:
+    tensors = prepared.later()
+    _agree({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
+    if not tensors:
         return
-    for tensor in found.values():
+    for tensor in tensors.values():
         if tensor.device != device:
             tensor.data = tensor.data.to(device)
-    collectives.broadcast(found.values())
-    steps.take_up(prepared, found)
+    collectives.broadcast(tensors.values())
+    steps.take_up(prepared, tensors)
     model = prepared.model()
     adapter_state.note_keys(prepared, adapter_state.keys(model, adapter_state.live(model, prepared)))
 
 
-def _agree(items: dict[str, Any]) -> None:
-    found = collectives.first_difference(items, "comparison of adapters that came later")
-    if found is not None:
-        name, rank, *_ = found
+def _agree(items: dict[str, object]) -> None:
+    difference = collectives.first_difference(items, "comparison of adapters that came later")
+    if difference is not None:
+        name, rank, *_ = difference
         raise AdapterError(
             name,
             f"part of an adapter that came after the model was prepared, not alike on rank 0 and rank {rank}",

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.planning.prepared import any_prepared
 from trainer_fsdp_patch.shadowing import shadowed
 
+if TYPE_CHECKING:
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from peft.tuners.vera import VeraLayer
+    from torch import nn
+
 _SHARED = ("vera_A", "vera_B")
 
 
-def is_apart(layer: Any, arguments: dict[str, Any]) -> bool:
+def is_apart(layer: VeraLayer, arguments: dict[str, object]) -> bool:
     """Whether a VeRA layer's shared projections have another device than its input or another dtype than lambda.
 
     Args:
@@ -31,14 +37,14 @@ def is_apart(layer: Any, arguments: dict[str, Any]) -> bool:
     )
 
 
-def lacks_embedding_parallel(instance: Any, arguments: dict[str, Any]) -> bool:
+def lacks_embedding_parallel(instance: object, arguments: dict[str, object]) -> bool:
     """Whether transformers has no such class, without which peft 0.19 loads no adapter in a distributed run."""
     # until peft 0.20
     return versions.at_least("transformers", "5.16.0")
 
 
 @contextlib.contextmanager
-def beside(layer: Any, x: Any) -> Iterator[None]:
+def beside(layer: VeraLayer, x: torch.Tensor) -> Iterator[None]:
     """Show a VeRA layer its slices of the shared projections on the input's device and in lambda's dtype.
 
     All layers share one pair, which lies where the first layer is; under device_map or DataParallel the
@@ -51,7 +57,7 @@ def beside(layer: Any, x: Any) -> Iterator[None]:
     if layer.merged or layer.disable_adapters:
         yield
         return
-    slices: dict[str, dict[str, Any]] = {key: {} for key in _SHARED}
+    slices: dict[str, dict[str, torch.Tensor]] = {key: {} for key in _SHARED}
     for adapter in layer.active_adapters:
         if adapter in layer.vera_lambda_d:
             dtype = layer.vera_lambda_d[adapter].dtype
@@ -63,7 +69,7 @@ def beside(layer: Any, x: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_buffer(layer: Any, name: str) -> Iterator[None]:
+def as_buffer(layer: nn.Module, name: str) -> Iterator[None]:
     """Show the plain tensor that FSDP1 has put in place of a parameter as a buffer.
 
     Args:
@@ -88,7 +94,7 @@ def as_buffer(layer: Any, name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def packed(layer: Any) -> Iterator[None]:
+def packed(layer: Linear4bit) -> Iterator[None]:
     """Show a 4-bit layer's weight as the parameter that knows how to unpack itself, where FSDP1 has a plain tensor.
 
     Args:
@@ -105,7 +111,9 @@ def packed(layer: Any) -> Iterator[None]:
         yield
 
 
-def shard_for_tp(upstream: Callable[..., Any], model: Any, state_dict: Any, adapter_name: str) -> Any:
+def shard_for_tp(
+    upstream: Callable[..., object], model: nn.Module, state_dict: dict[str, torch.Tensor], adapter_name: str
+) -> object:
     """Shard loaded tensors where transformers split the base's layers, and leave them alone elsewhere."""
     parts = (getattr(module, "_hf_tp_plan", None) for module in model.modules())
     return upstream(model, state_dict, adapter_name) if any(part is not None for part in parts) else None

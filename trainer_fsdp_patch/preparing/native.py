@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.planning.prepared import prepared_by, prepared_for
 from trainer_fsdp_patch.saving import adapter_state
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Trainer
+
 
 @contextlib.contextmanager
-def gathered(trainer: Any) -> Iterator[None]:
+def gathered(trainer: Trainer) -> Iterator[None]:
     """Around a save of a base that transformers sharded itself: the model answers with what all ranks have proven.
 
     Args:
@@ -25,7 +29,7 @@ def gathered(trainer: Any) -> Iterator[None]:
         yield
 
 
-def prepare_model(upstream: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+def prepare_model(upstream: Callable[..., nn.Module], model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
     """Keep DDP away from a base that transformers sharded itself, as its own releases from 5.19 on do.
 
     Args:

@@ -7,18 +7,21 @@ import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import warn
 from trainer_fsdp_patch.files import reading, verify
 
-SEARCHING: ContextVar[Any] = ContextVar("SEARCHING", default=None)
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+SEARCHING: ContextVar[Trainer | None] = ContextVar("SEARCHING", default=None)
 """The Trainer that looks for its last checkpoint, or None."""
 
 
 @contextlib.contextmanager
-def searching(trainer: Any) -> Iterator[None]:
+def searching(trainer: Trainer) -> Iterator[None]:
     """Around a `train()` that looks for its last checkpoint.
 
     Args:
@@ -31,7 +34,7 @@ def searching(trainer: Any) -> Iterator[None]:
         SEARCHING.reset(token)
 
 
-def last_checkpoint(upstream: Callable[..., Any], folder: Any) -> Any:
+def last_checkpoint(upstream: Callable[[str], str | None], folder: str) -> str | None:
     """The newest checkpoint of a run whose writer has finished, the same on all ranks.
 
     The main process decides: the disks of other machines may lack what it alone has written.
@@ -47,12 +50,13 @@ def last_checkpoint(upstream: Callable[..., Any], folder: Any) -> Any:
         RankError: another rank has ended.
     """
     trainer = SEARCHING.get()
+    assert trainer is not None
     # The first search is train()'s own; a callback that searches later may be on one rank alone.
     SEARCHING.set(None)
-    found = upstream(folder)
+    newest = upstream(folder)
     skipped: list[str] = []
-    chosen = None if found is None else Path(found).name
-    for item in reading.checkpoints(Path(folder)) if found and trainer.is_world_process_zero() else []:
+    chosen = None if newest is None else Path(newest).name
+    for item in reading.checkpoints(Path(folder)) if newest and trainer.is_world_process_zero() else []:
         chosen = item.name
         lacks = verify.unfinished(item)
         if not lacks:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 from trainer_fsdp_patch.shadowing import shadowed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+StateDict = dict[str, Any]
+"""An optimizer's: `state`, a dictionary for each parameter, and `param_groups`."""
 
 
 class Held(str):
@@ -19,7 +27,7 @@ class Held(str):
     They pass a string on, and ask what they take for a tensor for its copy on the CPU.
     """
 
-    value: Any
+    value: object
 
     def cpu(self) -> Held:
         """Itself: what is held is on the CPU."""
@@ -27,8 +35,13 @@ class Held(str):
 
 
 def load_full(
-    upstream: Callable[..., Any], model: Any, optimizers: Any, optim_state_dict: Any, *, options: Any = None
-) -> Any:
+    upstream: Callable[..., object],
+    model: nn.Module,
+    optimizers: torch.optim.Optimizer,
+    optim_state_dict: StateDict | None,
+    *,
+    options: StateDictOptions | None = None,
+) -> object:
     """Read an optimizer's full checkpoint under FSDP2, whatever the optimizer keeps.
 
     torch asks the tensors of the state for a device, of which plain SGD has none, and broadcasts quantized tensors
@@ -44,9 +57,9 @@ def load_full(
     prepared = prepared_for(model)
     if prepared is None or not getattr(options, "full_state_dict", False):
         return upstream(model, optimizers, optim_state_dict, options=options)
-    found = optim_state_dict or {}
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in found.get("param_groups", ())]
-    stateless = not any(found.get("state", {}).values())
+    given = optim_state_dict or {}
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in given.get("param_groups", ())]
+    stateless = not any(given.get("state", {}).values())
     stateless, settings = collectives.all_gather_object((stateless, settings), "load of the optimizer")[0]
     if not stateless:
         load = functools.partial(_load_released, optimizers.load_state_dict)
@@ -57,13 +70,18 @@ def load_full(
     return None
 
 
-def _load_released(upstream: Callable[[Any], Any], state_dict: Any) -> Any:
+def _load_released(upstream: Callable[[StateDict], object], state_dict: StateDict) -> object:
     return upstream(_release(state_dict))
 
 
 def to_load(
-    upstream: Callable[..., Any], model: Any, optim: Any, optim_state_dict: Any, *args: Any, **kwargs: Any
-) -> Any:
+    upstream: Callable[..., StateDict],
+    model: nn.Module,
+    optim: torch.optim.Optimizer,
+    optim_state_dict: StateDict | None,
+    *args: object,
+    **kwargs: object,
+) -> StateDict:
     """What FSDP1 makes of an optimizer's checkpoint.
 
     A distributed checkpoint has no entry where there was no state. On the rank that has read a full one, torch asks
@@ -82,21 +100,21 @@ def to_load(
         return upstream(model, optim, optim_state_dict, *args, **kwargs)
     if optim_state_dict and "state" not in optim_state_dict:
         optim_state_dict = {**optim_state_dict, "state": {}}
-    found = _hold(prepared, optim_state_dict, numbers=True) if _is_full(model) else optim_state_dict
+    held = _hold(prepared, optim_state_dict, numbers=True) if _is_full(model) else optim_state_dict
     # Upstream may load it too, with `load_directly`.
     load = functools.partial(_load_released, optim.load_state_dict)
     with shadowed(optim, load_state_dict=load):
-        return _release(upstream(model, optim, found, *args, **kwargs))
+        return _release(upstream(model, optim, held, *args, **kwargs))
 
 
-def _is_full(model: Any) -> bool:
+def _is_full(model: nn.Module) -> bool:
     """Whether FSDP1 is asked for full state dicts now."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return "FULL" in str(FullyShardedDataParallel.get_state_dict_type(model).state_dict_type)
 
 
-def _hold(prepared: Prepared, state_dict: Any, *, numbers: bool) -> Any:
+def _hold(prepared: Prepared, state_dict: StateDict | None, *, numbers: bool) -> StateDict | None:
     """A checkpoint of an optimizer in which torch's functions find nothing that they cannot send.
 
     Args:
@@ -107,7 +125,7 @@ def _hold(prepared: Prepared, state_dict: Any, *, numbers: bool) -> Any:
     if not state_dict or "state" not in state_dict:
         return state_dict
 
-    def held(name: str, value: Any) -> Any:
+    def held(name: str, value: object) -> object:
         import torch
 
         if isinstance(value, torch.Tensor):
@@ -122,25 +140,25 @@ def _hold(prepared: Prepared, state_dict: Any, *, numbers: bool) -> Any:
     return {**state_dict, "state": state}
 
 
-def _is_wrapped(tensor: Any) -> bool:
+def _is_wrapped(tensor: torch.Tensor) -> bool:
     """Whether a tensor has others inside, as quantized ones do; those are nobody's shards."""
     return hasattr(tensor, "__tensor_flatten__") and not isinstance(tensor, inventory.dtensor())
 
 
-def _held(value: Any) -> Held:
+def _held(value: object) -> Held:
     # Flat parameters ask whether the state of all their parts is the same.
     held = Held(id(value) if isinstance(value, dict) or hasattr(value, "cpu") else repr(value))
     held.value = _on_cpu(value)
     return held
 
 
-def _on_cpu(value: Any) -> Any:
+def _on_cpu(value: object) -> object:
     if isinstance(value, dict):
         return {key: _on_cpu(item) for key, item in value.items()}
     return value.cpu() if hasattr(value, "cpu") else value
 
 
-def _release(state_dict: Any) -> Any:
+def _release(state_dict: StateDict) -> StateDict:
     """The same, with what was held."""
     if isinstance(state_dict, dict) and isinstance(state_dict.get("state"), dict):
         for entry in state_dict["state"].values():

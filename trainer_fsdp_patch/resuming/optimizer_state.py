@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.planning.prepared import prepared_by
 
-_NAMED: ContextVar[tuple[Any, Callable[[], Any]] | None] = ContextVar("_NAMED", default=None)
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+    from transformers import Trainer
+
+    Answer = Callable[[], Mapping[str, object]]
+
+_NAMED: ContextVar[tuple[torch.optim.Optimizer, Answer] | None] = ContextVar("_NAMED", default=None)
 """The optimizer that is about to be read, and what it answers by name."""
 
 
 @contextlib.contextmanager
-def initialized_optimizer(trainer: Any, folder: str | None) -> Iterator[None]:
+def initialized_optimizer(trainer: Trainer, folder: str | None) -> Iterator[None]:
     """Give a fresh optimizer the state that a sharded checkpoint is read into; without it nothing is read.
 
     Args:
@@ -47,7 +55,7 @@ def initialized_optimizer(trainer: Any, folder: str | None) -> Iterator[None]:
         state.update({key: _whole(value) for key, value in state.items() if hasattr(value, "local_shards")})
 
 
-def _whole(sharded: Any) -> Any:
+def _whole(sharded: ShardedTensor) -> torch.Tensor:
     """One tensor of what FSDP1 releases before accelerate 1.7 read in parts, each rank its own, also for replicas."""
     import torch
     import torch.distributed as dist
@@ -73,14 +81,14 @@ def answer_by_name() -> None:
     optimizer, answer = named
     _NAMED.set(None)
 
-    def state_dict() -> Any:
+    def state_dict() -> Mapping[str, object]:
         del vars(optimizer)["state_dict"]
         return answer()
 
     vars(optimizer)["state_dict"] = state_dict
 
 
-def _named_state(model: Any, optimizer: Any) -> Any:
+def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping[str, object]:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -89,7 +97,7 @@ def _named_state(model: Any, optimizer: Any) -> Any:
     return get_optimizer_state_dict(model, optimizer)
 
 
-def _take_empty_step(optimizer: Any) -> None:
+def _take_empty_step(optimizer: torch.optim.Optimizer) -> None:
     """Make the optimizer allocate its state and leave every parameter as it is."""
     import torch
 

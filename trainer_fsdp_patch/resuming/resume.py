@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError
@@ -16,6 +16,12 @@ from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import file_key, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared_for
 from trainer_fsdp_patch.saving import adapter_state, gathering
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+    from transformers import Trainer
 
 
 @dataclass
@@ -30,7 +36,7 @@ class LoadState:
 
     prepared: Prepared
     failure: str = ""
-    read: dict[str, Any] = field(default_factory=dict)
+    read: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 _LOADING: ContextVar[LoadState | None] = ContextVar("_LOADING", default=None)
@@ -38,13 +44,13 @@ _LOADING: ContextVar[LoadState | None] = ContextVar("_LOADING", default=None)
 
 
 def model_state_dict(
-    upstream: Callable[..., Any],
-    model: Any,
+    upstream: Callable[..., dict[str, torch.Tensor]],
+    model: nn.Module,
     adapter_only: bool = False,
-    sd_options: Any = None,
+    sd_options: StateDictOptions | None = None,
     *,
     full_by_canonical_name: bool = False,
-) -> Any:
+) -> dict[str, torch.Tensor]:
     """The model part of a resume checkpoint: the adapter, whole on every rank.
 
     Args:
@@ -70,7 +76,7 @@ def model_state_dict(
     return adapter_state.on_cpu(names(model, live, as_peft=not (full and full_by_canonical_name)))
 
 
-def names(model: Any, live: dict[str, Any], *, as_peft: bool) -> dict[str, Any]:
+def names(model: nn.Module, live: dict[str, torch.Tensor], *, as_peft: bool) -> dict[str, torch.Tensor]:
     """The adapter's tensors by the names that a resume checkpoint has for them.
 
     Args:
@@ -85,18 +91,22 @@ def names(model: Any, live: dict[str, Any], *, as_peft: bool) -> dict[str, Any]:
     here = {_storage_key(tensor): tensor for tensor in live.values()}
     active = getattr(bare, "active_adapter", None)
     written = adapter_state.keys(bare, live).get(str(active[0] if isinstance(active, list) else active), {})
-    found = {key: here[_storage_key(tensor)] for key, tensor in written.items() if _storage_key(tensor) in here}
-    covered = {id(tensor) for tensor in found.values()}
-    return found | {name: tensor for name, tensor in live.items() if id(tensor) not in covered}
+    by_key = {key: here[_storage_key(tensor)] for key, tensor in written.items() if _storage_key(tensor) in here}
+    covered = {id(tensor) for tensor in by_key.values()}
+    return by_key | {name: tensor for name, tensor in live.items() if id(tensor) not in covered}
 
 
-def _storage_key(tensor: Any) -> tuple[Any, ...]:
+def _storage_key(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.dtype
 
 
 def load_model_state_dict(
-    upstream: Callable[..., Any], model: Any, state_dict: Any, adapter_only: bool = False, sd_options: Any = None
-) -> Any:
+    upstream: Callable[..., object],
+    model: nn.Module,
+    state_dict: dict[str, torch.Tensor],
+    adapter_only: bool = False,
+    sd_options: StateDictOptions | None = None,
+) -> object:
     """Read the model part of a resume checkpoint into the replicated adapter; nothing is half read.
 
     Args:
@@ -120,8 +130,7 @@ def load_model_state_dict(
     if state is None or state.prepared is not prepared:
         state = None
     if prepared.sharded_names and state is None:
-        found = "is sharded, and was asked for by Accelerator.load_state"
-        raise _refused(prepared.sharded_names[0], found)
+        raise _refused(prepared.sharded_names[0], "is sharded, and was asked for by Accelerator.load_state")
     try:
         _copy_in(model, prepared, state_dict, {} if state is None else state.read)
     except AdapterError as error:
@@ -131,7 +140,9 @@ def load_model_state_dict(
     return None
 
 
-def _copy_in(model: Any, prepared: Prepared, state_dict: dict[str, Any], read: dict[str, Any]) -> None:
+def _copy_in(
+    model: nn.Module, prepared: Prepared, state_dict: dict[str, torch.Tensor], read: dict[str, torch.Tensor]
+) -> None:
     """Copy what is replicated, and keep what is sharded in `read`."""
     import torch
 
@@ -179,7 +190,7 @@ def _refused(name: str, found: str) -> AdapterError:
     )
 
 
-def load(upstream: Callable[[], Any], trainer: Any, folder: Any) -> Any:
+def load(upstream: Callable[[], object], trainer: Trainer, folder: str) -> object:
     """Load a checkpoint of a Trainer: afterwards every rank has the adapter that rank 0 has read.
 
     Args:
@@ -210,20 +221,20 @@ def load(upstream: Callable[[], Any], trainer: Any, folder: Any) -> Any:
     return result
 
 
-def _below_compile(model: Any, prepared: Prepared) -> bool:
+def _below_compile(model: nn.Module, prepared: Prepared) -> bool:
     """Whether accelerate would have rank 0 alone read, and wait for ranks that went on."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return prepared.plan.fsdp_version == 1 and type(model) is not FullyShardedDataParallel
 
 
-def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
+def _of_files(model: nn.Module, prepared: Prepared, folder: Path) -> dict[str, torch.Tensor]:
     """Tensors of adapter files by canonical names of the model."""
     bare = unwrap(model)
     empty = gathering.under_all_names(prepared, gathering.empty_like_sharded(prepared))
     live = adapter_state.persistent(model, prepared.of_adapter()) | empty
     places = {_storage_key(tensor): name for name, tensor in live.items()}
-    found: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for adapter in getattr(bare, "peft_config", {}):
         file = reading.adapter_file(folder if adapter == "default" else folder / adapter)
         if file is None:
@@ -232,13 +243,13 @@ def _of_files(model: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
         own = {f"base_model.model.{file_key(name, adapter)}": name for name in live if adapter in name.split(".")}
         written = adapter_state.keys(bare, live).get(adapter, {})
         named = own | {key: places[_storage_key(item)] for key, item in written.items() if _storage_key(item) in places}
-        found |= {named.get(key, key): tensor for key, tensor in reading.read_tensors(file).items()}
-    return found
+        tensors |= {named.get(key, key): tensor for key, tensor in reading.read_tensors(file).items()}
+    return tensors
 
 
 @contextlib.contextmanager
-def _loading(prepared: Prepared, model: Any) -> Iterator[LoadState]:
-    """Around a load: all ranks raise what one of them found, or have what rank 0 has read."""
+def _loading(prepared: Prepared, model: nn.Module) -> Iterator[LoadState]:
+    """Around a load: all ranks raise what one of them raised, or have what rank 0 has read."""
     state = LoadState(prepared)
     token = _LOADING.set(state)
     own: Exception | None = None

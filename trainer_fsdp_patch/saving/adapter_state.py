@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, warn
@@ -17,6 +17,12 @@ from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared
 from trainer_fsdp_patch.saving import gathering, liveness, naming
 from trainer_fsdp_patch.shadowing import shadowed
 
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import nn
+    from transformers import Trainer
+
 _SAVED: ContextVar[Prepared | None] = ContextVar("_SAVED", default=None)
 """The model whose bare adapter a Trainer is saving."""
 
@@ -25,22 +31,22 @@ _EXPECTED: weakref.WeakKeyDictionary[Prepared, dict[str, set[str]]] = weakref.We
 
 
 @contextlib.contextmanager
-def gathered(model: Any, found: dict[str, Any] | None) -> Iterator[None]:
+def gathered(model: nn.Module, given: dict[str, torch.Tensor] | None) -> Iterator[None]:
     """Let a planned model answer `state_dict()` with what the ranks have gathered already.
 
     Args:
         model: a bare one.
-        found: what its save was given, or None.
+        given: what its save was given, or None.
     """
-    if found is None or prepared_for(model) is None:
+    if given is None or prepared_for(model) is None:
         yield
         return
-    with shadowed(model, state_dict=lambda *args, **kwargs: dict(found)):
+    with shadowed(model, state_dict=lambda *args, **kwargs: dict(given)):
         yield
 
 
 @contextlib.contextmanager
-def saving(trainer: Any) -> Iterator[None]:
+def saving(trainer: Trainer) -> Iterator[None]:
     """Around a Trainer's save of a bare adapter: what is gathered inside is the adapter, and the base is not.
 
     The answer stays whole where somebody may want more of it: a model of which the adapter is a part, which is written
@@ -59,7 +65,9 @@ def saving(trainer: Any) -> Iterator[None]:
         _SAVED.reset(token)
 
 
-def state_dict(upstream: Callable[[], Any], accelerator: Any, model: Any) -> Any:
+def state_dict(
+    upstream: Callable[[], dict[str, torch.Tensor]], accelerator: Accelerator, model: nn.Module
+) -> dict[str, torch.Tensor]:
     """The state dict of a planned model, or before training of one that is to be planned.
 
     Args:
@@ -84,27 +92,29 @@ def state_dict(upstream: Callable[[], Any], accelerator: Any, model: Any) -> Any
     return _adapter(accelerator, model, prepared)
 
 
-def _everything(upstream: Callable[[], Any], accelerator: Any, model: Any, prepared: Prepared) -> Any:
+def _everything(
+    upstream: Callable[[], dict[str, torch.Tensor]], accelerator: Accelerator, model: nn.Module, prepared: Prepared
+) -> dict[str, torch.Tensor]:
     """What upstream gives; FSDP2 loses its way in layers that keep more in a state dict than tensors, as 8-bit ones."""
     if prepared.plan.fsdp_version == 1:
-        found = upstream()
+        everything = upstream()
         # FSDP1 neither moves what it ignores to the CPU, nor leaves it out where it gives nothing else.
-        values = on_cpu(found) if getattr(model, "rank", 0) == 0 else {}
-        found.clear()
-        found.update(values)
-        return found
+        values = on_cpu(everything) if getattr(model, "rank", 0) == 0 else {}
+        everything.clear()
+        everything.update(values)
+        return everything
     if inventory.QUANTIZED not in prepared.roles.values():
         return upstream()
-    found = {}
+    everything = {}
     for name, value in model.state_dict().items():
         with collectives.collective("gathering of the model"):
             whole = value.full_tensor() if isinstance(value, inventory.dtensor()) else value
         if accelerator.is_main_process:
-            found[canonical(name)] = whole.detach().cpu() if hasattr(whole, "detach") else whole
-    return found
+            everything[canonical(name)] = whole.detach().cpu() if hasattr(whole, "detach") else whole
+    return everything
 
 
-def _adapter(accelerator: Any, model: Any, prepared: Prepared) -> dict[str, Any]:
+def _adapter(accelerator: Accelerator, model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor]:
     """What an adapter's file may take its tensors from.
 
     The adapter is whole on every rank, so no collective gathers the frozen base; only the embeddings are gathered,
@@ -115,18 +125,18 @@ def _adapter(accelerator: Any, model: Any, prepared: Prepared) -> dict[str, Any]
     gathered = gathering.full_tensors(model, prepared)
     refuse_dead(adapter | gathered)
     liveness.of(prepared).warn_unmoved()
-    found = on_cpu(
+    tensors = on_cpu(
         persistent(model, adapter) | gathering.under_all_names(prepared, gathering.in_stored_dtype(prepared, gathered))
     )
-    found |= on_cpu(added(unwrap(model), prepared))
-    prove(unwrap(model), found, prepared)
+    tensors |= on_cpu(added(unwrap(model), prepared))
+    prove(unwrap(model), tensors, prepared)
     if accelerator.is_main_process:
-        warn_of_shards(found)
-    found.update(embeddings(model, set(found), kept=accelerator.is_main_process))
-    return found
+        warn_of_shards(tensors)
+    tensors.update(embeddings(model, set(tensors), kept=accelerator.is_main_process))
+    return tensors
 
 
-def added(model: Any, prepared: Prepared) -> dict[str, Any]:
+def added(model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor]:
     """Tensors of adapters that came after the plan: a reference that a callback loads, the best of several files.
 
     They may require gradients, for `set_adapter` asks for these. None was trained: a step that holds one is refused.
@@ -139,14 +149,14 @@ def added(model: Any, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def on_cpu(named: dict[str, Any]) -> dict[str, Any]:
+def on_cpu(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copies on the CPU; a tensor that stands under several names is copied once."""
     different = {id(item): item for item in named.values()}
     copies = {key: item.detach().cpu() if hasattr(item, "detach") else item for key, item in different.items()}
     return {name: copies[id(tensor)] for name, tensor in named.items()}
 
 
-def persistent(model: Any, adapter: dict[str, Any]) -> dict[str, Any]:
+def persistent(model: nn.Module, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The adapter's tensors under all their names, as a state dict has them: without non-persistent buffers."""
     known = {id(tensor) for tensor in adapter.values()}
     result = {}
@@ -157,14 +167,14 @@ def persistent(model: Any, adapter: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def live(model: Any, prepared: Prepared) -> dict[str, Any]:
+def live(model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor]:
     """The same, with what FSDP has sharded of it gathered; every rank takes part."""
     return persistent(model, prepared.of_adapter()) | gathering.under_all_names(
         prepared, gathering.full_tensors(model, prepared)
     )
 
 
-def refuse_dead(adapter: dict[str, Any]) -> None:
+def refuse_dead(adapter: dict[str, torch.Tensor]) -> None:
     """Refuse an adapter that cannot be right whatever is written of it.
 
     Raises:
@@ -192,9 +202,9 @@ def refuse_dead(adapter: dict[str, Any]) -> None:
             )
 
 
-def warn_of_shards(found: dict[str, Any]) -> None:
+def warn_of_shards(tensors: dict[str, torch.Tensor]) -> None:
     """Say where an adapter has one rank's rows only: a run that began with such a file would hand it on."""
-    for key, _, text in verify.one_rank(found):
+    for key, _, text in verify.one_rank(tensors):
         warn(
             key,
             text,
@@ -203,7 +213,7 @@ def warn_of_shards(found: dict[str, Any]) -> None:
         )
 
 
-def embedding_modules(model: Any) -> dict[str, Any]:
+def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules of the input and output embeddings by canonical name, as they stand in a model, wrapped or not."""
     bare = unwrap(model)
     getters = ("get_input_embeddings", "get_output_embeddings")
@@ -212,7 +222,7 @@ def embedding_modules(model: Any) -> dict[str, Any]:
     return {canonical(name): module for name, module in model.named_modules() if id(module) in wanted}
 
 
-def embeddings(model: Any, known: set[str], *, kept: bool) -> dict[str, Any]:
+def embeddings(model: nn.Module, known: set[str], *, kept: bool) -> dict[str, torch.Tensor]:
     """Weights of the input and output embeddings that are not known, whole; every rank takes part.
 
     Args:
@@ -224,9 +234,9 @@ def embeddings(model: Any, known: set[str], *, kept: bool) -> dict[str, Any]:
 
     modules = embedding_modules(model)
     wanted = {id(module) for module in modules.values()}
-    result: dict[str, Any] = {}
+    result: dict[str, torch.Tensor] = {}
 
-    def collect(named: Any) -> None:
+    def collect(named: Iterable[tuple[str, torch.Tensor]]) -> None:
         for name, tensor in named:
             if canonical(name).rpartition(".")[0] in modules and canonical(name) not in known:
                 whole = tensor.full_tensor() if isinstance(tensor, inventory.dtensor()) else tensor
@@ -242,18 +252,18 @@ def embeddings(model: Any, known: set[str], *, kept: bool) -> dict[str, Any]:
     return result
 
 
-def keys(model: Any, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def keys(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """What peft would write of a state dict, by adapter: {} for models that keep adapters in another way."""
     from peft.utils.save_and_load import get_peft_model_state_dict
 
-    options = {"state_dict": found, "save_embedding_layers": False}
+    options = {"state_dict": tensors, "save_embedding_layers": False}
     return {
         adapter: naming.call_with_canonical_names(get_peft_model_state_dict, model, adapter_name=adapter, **options)
         for adapter in getattr(model, "peft_config", {})
     }
 
 
-def note_keys(prepared: Prepared, entries: dict[str, dict[str, Any]]) -> None:
+def note_keys(prepared: Prepared, entries: dict[str, dict[str, torch.Tensor]]) -> None:
     """Keep which keys the file of each adapter has to have."""
     _EXPECTED[prepared] = {adapter: set(entry) for adapter, entry in entries.items()}
 
@@ -263,16 +273,16 @@ def expected(prepared: Prepared) -> dict[str, set[str]]:
     return _EXPECTED.get(prepared, {})
 
 
-def expect(model: Any, prepared: Prepared) -> None:
+def expect(model: nn.Module, prepared: Prepared) -> None:
     """Note before wrapping which keys a save has to have, and warn of what trains without being saved."""
-    found = live(model, prepared)
-    entries = keys(model, found)
+    tensors = live(model, prepared)
+    entries = keys(model, tensors)
     note_keys(prepared, entries)
     written = {id(tensor) for entry in entries.values() for tensor in entry.values()}
     for item in (*prepared.plan.ignored, *prepared.plan.sharded):
-        names = [name for name in item.tensor.names if name in found]
+        names = [name for name in item.tensor.names if name in tensors]
         lost = item.tensor.role == inventory.ADAPTER and not item.tensor.owned
-        if entries and lost and not any(id(found[name]) in written for name in names):
+        if entries and lost and not any(id(tensors[name]) in written for name in names):
             warn(
                 item.tensor.name,
                 "trainable, but part of no adapter",
@@ -281,13 +291,13 @@ def expect(model: Any, prepared: Prepared) -> None:
             )
 
 
-def prove(model: Any, found: dict[str, Any], prepared: Prepared) -> None:
+def prove(model: nn.Module, tensors: dict[str, torch.Tensor], prepared: Prepared) -> None:
     """Check that peft would write from a state dict what it would have written before wrapping.
 
     Raises:
         AdapterError: on all ranks, naming the first key that is missing or too much.
     """
-    for adapter, entry in keys(model, found).items():
+    for adapter, entry in keys(model, tensors).items():
         if adapter not in expected(prepared):
             continue
         differing = sorted(set(entry) ^ expected(prepared)[adapter])
@@ -302,7 +312,7 @@ def prove(model: Any, found: dict[str, Any], prepared: Prepared) -> None:
             )
 
 
-def save_sharded(trainer: Any, folder: str | None) -> None:
+def save_sharded(trainer: Trainer, folder: str | None) -> None:
     """Write the adapter file where the Trainer writes none, under SHARDED_STATE_DICT; also before `train()`.
 
     https://github.com/huggingface/transformers/issues/30491
@@ -312,6 +322,6 @@ def save_sharded(trainer: Any, folder: str | None) -> None:
     if prepared_by(trainer) is None and not inventory.is_unwrapped_adapter(trainer.model):
         return
     if "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
-        found = trainer.accelerator.get_state_dict(trainer.model)
+        tensors = trainer.accelerator.get_state_dict(trainer.model)
         if trainer.args.should_save:
-            trainer._save(trainer.args.output_dir if folder is None else folder, state_dict=found)
+            trainer._save(trainer.args.output_dir if folder is None else folder, state_dict=tensors)

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 from trainer_fsdp_patch import collectives, versions
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
 
-def full_tensors(model: Any, prepared: Prepared) -> dict[str, Any]:
+
+def full_tensors(model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor]:
     """Sharded trainable tensors, gathered: on every rank, by canonical name; every rank takes part.
 
     Args:
         model: as prepared by accelerate, or before that.
         prepared: its record.
     """
-    found: dict[str, Any] = {}
+    full: dict[str, torch.Tensor] = {}
     if prepared.sharded_names:
         with _summoned(model, writeback=False):
             for name, tensor in _named(model, prepared):
                 with collectives.collective("gathering of the adapter"):
                     gathered = tensor.full_tensor() if isinstance(tensor, inventory.dtensor()) else tensor
-                found[name] = gathered.detach().clone()
-    return found
+                full[name] = gathered.detach().clone()
+    return full
 
 
-def in_stored_dtype(prepared: Prepared, named: dict[str, Any]) -> dict[str, Any]:
+def in_stored_dtype(prepared: Prepared, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors in the dtypes that they were given, or cast to; accelerate trains sharded ones in fp32."""
     import torch
 
@@ -39,14 +45,14 @@ def in_stored_dtype(prepared: Prepared, named: dict[str, Any]) -> dict[str, Any]
     return {name: tensor.to(dtypes[name]) for name, tensor in named.items()}
 
 
-def dtype(model: Any, prepared: Prepared) -> Any:
+def dtype(model: nn.Module, prepared: Prepared) -> torch.dtype | None:
     """Of the sharded tensors as FSDP holds them, or None where there are none."""
     flat = [unit._handle.flat_param for unit in own_units(model) if unit._handle]
-    held = flat or [tensor for _, tensor in _named(model, prepared)]
+    held: Sequence[torch.Tensor] = flat or [tensor for _, tensor in _named(model, prepared)]
     return held[0].dtype if held else None
 
 
-def own_units(model: Any) -> list[Any]:
+def own_units(model: nn.Module) -> list[FullyShardedDataParallel]:
     """FSDP1's units of trainable modules, in a model of which some are sharded."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -61,13 +67,13 @@ def own_units(model: Any) -> list[Any]:
     return [module for prefix, module in wrapped if any(name.startswith(prefix) for name in prepared.sharded_names)]
 
 
-def names_of(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def names_of(module: nn.Module, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
     """What stands for the state dict of a unit where only its keys are asked for."""
     named = (*module.named_parameters(), *module.named_buffers())
     return {canonical(name): tensor for name, tensor in named}
 
 
-def empty_like_sharded(prepared: Prepared) -> dict[str, Any]:
+def empty_like_sharded(prepared: Prepared) -> dict[str, torch.Tensor]:
     """Empty tensors in the place of the sharded ones, by canonical name; no rank has to take part."""
     import torch
 
@@ -77,7 +83,7 @@ def empty_like_sharded(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def under_all_names(prepared: Prepared, named: dict[str, Any]) -> dict[str, Any]:
+def under_all_names(prepared: Prepared, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors by all the names that a state dict has for them."""
     return {
         alias: named[item.tensor.name]
@@ -87,7 +93,7 @@ def under_all_names(prepared: Prepared, named: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def scatter(model: Any, prepared: Prepared, values: dict[str, Any]) -> None:
+def scatter(model: nn.Module, prepared: Prepared, values: dict[str, torch.Tensor]) -> None:
     """Give each rank its part of the values that rank 0 has read; every rank takes part.
 
     Args:
@@ -104,40 +110,40 @@ def scatter(model: Any, prepared: Prepared, values: dict[str, Any]) -> None:
         for name, tensor in _named(model, prepared):
             if name not in wanted:
                 continue
-            sharded = isinstance(tensor, inventory.dtensor())
-            local = tensor.to_local() if sharded else tensor
+            shard = cast("DTensor", tensor) if isinstance(tensor, inventory.dtensor()) else None
+            local = tensor if shard is None else shard.to_local()
             value = torch.empty(tensor.shape, dtype=tensor.dtype, device=local.device)
             if name in values:
                 value.copy_(values[name])
             collectives.broadcast([value])
-            if sharded:
+            if shard is not None:
                 # Every rank has all of it now, so each takes its part without another collective.
-                local.copy_(part(tensor, value))
+                local.copy_(part(shard, value))
             else:
                 tensor.copy_(value)
 
 
-def part(tensor: Any, value: Any) -> Any:
+def part(tensor: DTensor, value: torch.Tensor) -> torch.Tensor:
     """This rank's part of a full value that every rank has, laid out as a sharded tensor is; all take part."""
     from torch.distributed.tensor import distribute_tensor
 
     # until torch 2.7: rank 0 hands the parts out, where each could take its own
-    alone: dict[str, Any] = {"src_data_rank": None} if versions.at_least("torch", "2.7.0") else {}
+    alone: dict[str, int | None] = {"src_data_rank": None} if versions.at_least("torch", "2.7.0") else {}
     return distribute_tensor(value, tensor.device_mesh, tensor.placements, **alone).to_local()
 
 
-def _named(model: Any, prepared: Prepared) -> list[tuple[str, Any]]:
+def _named(model: nn.Module, prepared: Prepared) -> list[tuple[str, torch.Tensor]]:
     """In the order of the plan, which all ranks share."""
     wanted = set(prepared.sharded_names)
-    found = {
+    sharded = {
         canonical(name): tensor
         for name, tensor in unwrap(model).named_parameters(remove_duplicate=False)
         if canonical(name) in wanted
     }
-    return [(name, found[name]) for name in prepared.sharded_names if name in found]
+    return [(name, sharded[name]) for name in prepared.sharded_names if name in sharded]
 
 
-def make_root(model: Any) -> None:
+def make_root(model: nn.Module) -> None:
     """Have FSDP1 know its root: the first unit that is summoned becomes one for good, so the real one comes first."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -147,7 +153,7 @@ def make_root(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def _summoned(model: Any, *, writeback: bool) -> Iterator[None]:
+def _summoned(model: nn.Module, *, writeback: bool) -> Iterator[None]:
     """FSDP1's units that train something, whole; FSDP2 needs no such thing."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import bits
 from trainer_fsdp_patch.errors import warn
 from trainer_fsdp_patch.planning.prepared import Prepared
+
+if TYPE_CHECKING:
+    import torch
 
 _LIVENESS: weakref.WeakKeyDictionary[Prepared, Liveness] = weakref.WeakKeyDictionary()
 
@@ -20,12 +23,12 @@ class Liveness:
         tensors: the trainable ones, as every rank starts with them.
     """
 
-    def __init__(self, tensors: Sequence[Any]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.tensors = list(tensors)
         self.start = [bits.fingerprint(tensor) for tensor in self.tensors]
         self.known = {id(tensor) for tensor in self.tensors}
         self.steps, self.moved = 0, False
-        self.largest: Any = None
+        self.largest: torch.Tensor | None = None
 
     def note_gradients(self) -> None:
         """Keep the largest gradient so far; it stays on its device, so nothing waits for it."""
@@ -38,7 +41,7 @@ class Liveness:
         largest = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, float("inf"))]).max()
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
 
-    def note_step(self, optimizer: Any) -> None:
+    def note_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Count a step that has a learning rate; where the optimizer has none of the adapter, any of its rates."""
         groups = optimizer.param_groups
         ours = [group for group in groups if not self.known.isdisjoint(map(id, group["params"]))]
@@ -73,9 +76,9 @@ def of(prepared: Prepared) -> Liveness:
     return _LIVENESS[prepared]
 
 
-def _moves(rate: Any) -> bool:
+def _moves(rate: float | torch.Tensor) -> bool:
     return not isinstance(rate, (int, float)) or rate != 0
 
 
-def _differ(start: Iterable[Any], tensors: Iterable[Any]) -> bool:
+def _differ(start: Iterable[torch.Tensor], tensors: Iterable[torch.Tensor]) -> bool:
     return any(not before.equal(bits.fingerprint(tensor)) for before, tensor in zip(start, tensors, strict=True))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import wrapt
 
@@ -13,27 +13,35 @@ from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.saving import gathering
 from trainer_fsdp_patch.shadowing import shadowed
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Result = TypeVar("Result")
+
 
 class CanonicalNames(wrapt.ObjectProxy):  # type: ignore[misc]
     """A model whose module, parameter and buffer names lack the segments that wrappers put in."""
 
-    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+    def named_modules(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Module]]:
         return ((canonical(name), module) for name, module in self.__wrapped__.named_modules(*args, **kwargs))
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+    def named_parameters(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Parameter]]:
         return ((canonical(name), item) for name, item in self.__wrapped__.named_parameters(*args, **kwargs))
 
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
+    def named_buffers(self, *args: object, **kwargs: object) -> Iterator[tuple[str, torch.Tensor]]:
         return ((canonical(name), item) for name, item in self.__wrapped__.named_buffers(*args, **kwargs))
 
 
-def with_canonical_names(model: Any) -> Any:
+def with_canonical_names(model: nn.Module) -> nn.Module:
     """The model itself, or a proxy with canonical names where a wrapper sits somewhere inside it."""
     wrapped = any(canonical(name) != name for name, _ in model.named_modules())
     return CanonicalNames(model) if wrapped else model
 
 
-def call_with_canonical_names(function: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+def call_with_canonical_names(
+    function: Callable[..., Result], model: nn.Module, *args: object, **kwargs: object
+) -> Result:
     """Call one of peft's functions with a model whose names are those of a state dict.
 
     peft asks modules_to_save for their state dict, of which it needs the names: one rank saves, so none may gather.

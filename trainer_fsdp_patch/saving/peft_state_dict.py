@@ -14,11 +14,14 @@ from trainer_fsdp_patch.saving import adapter_state, gathering, naming
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 _FLAT = "_flat_param"
 
 
-def answer(upstream: Callable[..., Any], arguments: dict[str, Any], *, to_file: bool) -> Any:
+def answer(
+    upstream: Callable[..., dict[str, torch.Tensor]], arguments: dict[str, Any], *, to_file: bool
+) -> dict[str, torch.Tensor]:
     """What peft's `get_peft_model_state_dict` gives of a planned model.
 
     Without a state dict the answer takes no collective: the adapter is whole on each rank, so that one of them may ask
@@ -41,9 +44,9 @@ def answer(upstream: Callable[..., Any], arguments: dict[str, Any], *, to_file: 
     prepared = prepared_for(arguments["model"])
     assert prepared is not None
 
-    def call(found: dict[str, Any]) -> Any:
+    def call(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         others = {key: value for key, value in arguments.items() if key not in ("model", "state_dict")}
-        return naming.call_with_canonical_names(upstream, arguments["model"], state_dict=found, **others)
+        return naming.call_with_canonical_names(upstream, arguments["model"], state_dict=state_dict, **others)
 
     given = arguments.get("state_dict")
     if given is None and "state_dict" in vars(unwrap(arguments["model"])):
@@ -54,17 +57,19 @@ def answer(upstream: Callable[..., Any], arguments: dict[str, Any], *, to_file: 
     if not given and not collectives.is_main():
         # Only the main process has a full state dict, and some of peft's methods fail for want of a key.
         return {}
-    found = given
+    named = given
     if any(canonical(key) != key for key in given):
-        found = {canonical(key): value for key, value in given.items()}
-    parts = _parts(found, prepared)
-    result = call(found)
+        named = {canonical(key): value for key, value in given.items()}
+    parts = _parts(named, prepared)
+    result = call(named)
     if collectives.is_main():
         _look_at(result, parts, given, to_file=to_file)
     return result
 
 
-def _asked(call: Callable[[dict[str, Any]], Any], model: Any, prepared: Prepared) -> Any:
+def _asked(
+    call: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], model: nn.Module, prepared: Prepared
+) -> dict[str, torch.Tensor]:
     """The answer without a state dict: first with empty tensors for what is sharded, to see whether any is asked."""
     bare = unwrap(model)
     own = adapter_state.persistent(bare, prepared.of_adapter()) | adapter_state.added(bare, prepared)
@@ -93,37 +98,39 @@ def absent() -> type[torch.Tensor]:
     return type("Absent", (torch.Tensor,), {})
 
 
-def _empty(model: Any, prepared: Prepared, known: set[str]) -> dict[str, Any]:
+def _empty(model: nn.Module, prepared: Prepared, known: set[str]) -> dict[str, torch.Tensor]:
     """Tensors without memory in the place of what is sharded and a file may have."""
     import torch
 
-    def empty(*shape: int) -> Any:
+    def empty(*shape: int) -> torch.Tensor:
         return torch.zeros(()).expand(shape).as_subclass(absent())
 
-    found = {item.tensor.name: empty(*item.tensor.shape) for item in prepared.plan.sharded}
-    found = gathering.under_all_names(prepared, found)
+    stand_ins = {item.tensor.name: empty(*item.tensor.shape) for item in prepared.plan.sharded}
+    stand_ins = gathering.under_all_names(prepared, stand_ins)
     modules = adapter_state.embedding_modules(model)
     for name, tensor in model.named_parameters(remove_duplicate=False):
         # FSDP1's flat parameter knows the names of what is in it.
         prefix = name.removesuffix(_FLAT)
         names = [f"{prefix}{item}" for item in getattr(tensor, "_fqns", ())] or [name]
         for item in map(canonical, names):
-            if item.rpartition(".")[0] in modules and item not in known | found.keys():
-                found[item] = empty(0)
-    return found
+            if item.rpartition(".")[0] in modules and item not in known | stand_ins.keys():
+                stand_ins[item] = empty(0)
+    return stand_ins
 
 
-def _parts(found: dict[str, Any], prepared: Prepared) -> list[str]:
+def _parts(named: dict[str, torch.Tensor], prepared: Prepared) -> list[str]:
     """Tensors of the adapter of which a state dict has what one rank holds."""
     parts = []
     for item in prepared.plan.sharded:
         for name in item.tensor.names:
-            if tuple(getattr(found.get(name), "shape", item.tensor.shape)) != tuple(item.tensor.shape):
+            if tuple(getattr(named.get(name), "shape", item.tensor.shape)) != tuple(item.tensor.shape):
                 parts.append(name)
     return parts
 
 
-def _look_at(result: dict[str, Any], parts: list[str], given: dict[str, Any], *, to_file: bool) -> None:
+def _look_at(
+    result: dict[str, torch.Tensor], parts: list[str], given: dict[str, torch.Tensor], *, to_file: bool
+) -> None:
     """Refuse, or outside of a save warn of, an answer that one process would not give.
 
     Raises:

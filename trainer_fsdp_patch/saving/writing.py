@@ -7,14 +7,25 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch import bits, collectives
 from trainer_fsdp_patch.errors import AdapterError, warn
 from trainer_fsdp_patch.planning.prepared import any_prepared, prepared_by
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import Trainer
 
-def write_tensors(upstream: Callable[..., Any], values: dict[str, Any], filename: Any, metadata: Any = None) -> None:
+Result = TypeVar("Result")
+
+
+def write_tensors(
+    upstream: Callable[..., object],
+    values: dict[str, torch.Tensor],
+    filename: str | os.PathLike[str],
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Write a safetensors file whole, or leave the one that was there.
 
     Args:
@@ -48,7 +59,7 @@ def write_tensors(upstream: Callable[..., Any], values: dict[str, Any], filename
         beside.unlink(missing_ok=True)
 
 
-def _refuse_empty(filename: Any) -> None:
+def _refuse_empty(filename: str | os.PathLike[str]) -> None:
     said = (
         str(filename),
         "there is no tensor to write",
@@ -60,7 +71,7 @@ def _refuse_empty(filename: Any) -> None:
     warn(*said)
 
 
-def write_folder(upstream: Callable[..., Any], save_directory: Any, **kwargs: Any) -> Any:
+def write_folder(upstream: Callable[..., Result], save_directory: str | os.PathLike[str], **kwargs: object) -> Result:
     """Let a function that writes small files into a folder write them whole, or leave those that were there.
 
     Args:
@@ -90,7 +101,7 @@ def _settle(beside: Path, target: Path) -> None:
     os.replace(beside, target)
 
 
-def equal(path: Path, values: dict[str, Any]) -> None:
+def equal(path: Path, values: dict[str, torch.Tensor]) -> None:
     """Read a file back and hold it against what was to be written.
 
     Raises:
@@ -114,17 +125,17 @@ def equal(path: Path, values: dict[str, Any]) -> None:
 
 
 def _lost(target: Path, error: Exception) -> AdapterError:
-    found = (str(error).strip() or type(error).__name__).splitlines()[0]
+    why = (str(error).strip() or type(error).__name__).splitlines()[0]
     return AdapterError(
         str(target),
-        f"could not be written: {found}",
+        f"could not be written: {why}",
         "The file of an earlier save is untouched",
         "Free space or choose an output_dir that can be written to, and resume from the last checkpoint",
     )
 
 
 @contextlib.contextmanager
-def together(trainer: Any) -> Iterator[None]:
+def together(trainer: Trainer) -> Iterator[None]:
     """Around a save that one rank makes and all wait for: where it fails, every rank raises.
 
     Args:
@@ -147,7 +158,7 @@ def together(trainer: Any) -> Iterator[None]:
     _agree(failure, trainer.accelerator.device)
 
 
-def _agree(failure: Exception | None, device: Any) -> None:
+def _agree(failure: Exception | None, device: torch.device) -> None:
     """One all-reduce where nobody has failed."""
     said = "" if failure is None else str(failure) or type(failure).__name__
     try:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.inspecting import footprint
 from trainer_fsdp_patch.inspecting.footprint import Footprint
+
+if TYPE_CHECKING:
+    import torch
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}
 """Largest relative error of an update, by the lowest precision that takes part in the forward."""
@@ -75,12 +78,12 @@ class Outcome:
     error: str = ""
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
-    steps: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[dict[str, torch.Tensor]] = field(default_factory=list)
     folder: str = ""
     collectives: list[int] = field(default_factory=list)
     footprint: Footprint | None = None
     planned: Footprint | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,17 +136,17 @@ def compare(case: Outcome, reference: Outcome, setup: Setup) -> Verdict:
     return broken or Verdict(taken, worst)
 
 
-def _alike(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+def _alike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(ours[key].shape == theirs[key].shape for key in ours)
 
 
-def _error(key: str, before: Any, wanted: Any, found: Any) -> Verdict:
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        return Verdict(f"{key} is {found.dtype} {list(found.shape)}", float("nan"))
+def _error(key: str, before: torch.Tensor, wanted: torch.Tensor, ours: torch.Tensor) -> Verdict:
+    if ours.shape != wanted.shape or ours.dtype != wanted.dtype:
+        return Verdict(f"{key} is {ours.dtype} {list(ours.shape)}", float("nan"))
     if before.shape != wanted.shape:
         # A method that cuts its ranks saves other shapes than it began with.
         before = wanted.new_zeros(wanted.shape)
-    update, difference = (float((wanted.double() - other.double()).norm()) for other in (before, found))
+    update, difference = (float((wanted.double() - other.double()).norm()) for other in (before, ours))
     if update == 0:
         return Verdict(f"{key} is frozen and was changed" if difference else "", difference)
     return Verdict("", difference / update if difference == difference else float("inf"))

@@ -8,12 +8,16 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.inspecting import footprint
 from trainer_fsdp_patch.inspecting.footprint import Footprint
 from trainer_fsdp_patch.testing import case, forks, trial
 from trainer_fsdp_patch.testing.case import Setup
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 SETUPS = (
     Setup("FSDP1, fp32", fsdp=1),
@@ -25,7 +29,7 @@ SETUPS = (
 )
 
 
-def vera(model: Any) -> Any:
+def vera(model: PreTrainedModel) -> PeftModel:
     """The adapter that this project began with: two shared projections, two vectors a layer."""
     from peft import VeraConfig, get_peft_model
 

@@ -7,9 +7,12 @@ Python, and `allow_packed_weights` has older releases of transformers load quant
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import versions
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 _CONFIGS = (
     "FullStateDictConfig",
@@ -18,8 +21,11 @@ _CONFIGS = (
     "ShardedOptimStateDictConfig",
 )
 
+Setter = Callable[[object, str, object], None]
+"""A `__setattr__`."""
 
-def bridge(arguments: Any) -> None:
+
+def bridge(arguments: TrainingArguments) -> None:
     """Make this process a rank that FSDP accepts, for as long as it lives.
 
     Args:
@@ -40,10 +46,10 @@ def bridge(arguments: Any) -> None:
             config.__setattr__ = _never_offloaded(config.__setattr__)
 
 
-def _never_offloaded(upstream: Callable[[Any, str, Any], None]) -> Callable[[Any, str, Any], None]:
+def _never_offloaded(upstream: Setter) -> Setter:
     """FSDP1 gives state dicts that are offloaded to the CPU as aliases of storage that it frees on the CPU."""
 
-    def setattr_without_offload(instance: Any, name: str, value: Any) -> None:
+    def setattr_without_offload(instance: object, name: str, value: object) -> None:
         upstream(instance, name, False if name == "offload_to_cpu" else value)
 
     setattr_without_offload.__name__ = _never_offloaded.__name__

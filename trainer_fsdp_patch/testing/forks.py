@@ -12,17 +12,20 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.testing.case import Outcome
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
 
 TIMEOUT = 60.0
 """Seconds after which ranks that wait for each other are killed."""
 
 
-def launch(function: Callable[..., Outcome], *args: Any, ranks: int) -> list[Outcome]:
+def launch(function: Callable[..., Outcome], *args: object, ranks: int) -> list[Outcome]:
     """Fork `ranks` processes, run a function in each, and collect what they return.
 
     Args:
@@ -51,7 +54,7 @@ def launch(function: Callable[..., Outcome], *args: Any, ranks: int) -> list[Out
         return [_read(Path(f"{folder}/{rank}"), child.exitcode) for rank, child in enumerate(children)]
 
 
-def _wait(children: list[Any]) -> None:
+def _wait(children: Sequence[BaseProcess]) -> None:
     deadline = time.monotonic() + TIMEOUT
     while any(child.is_alive() for child in children):
         if any(child.exitcode not in (None, 0) for child in children):
@@ -84,7 +87,7 @@ def _visible(ranks: int) -> str:
 
 
 def _child(
-    function: Callable[..., Outcome], args: tuple[Any, ...], rank: int, ranks: int, port: int, path: str
+    function: Callable[..., Outcome], args: tuple[object, ...], rank: int, ranks: int, port: int, path: str
 ) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = _visible(ranks)
     if ranks > 1:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.versions import at_least
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from trainer_fsdp_patch.testing.case import Setup
 
 
@@ -45,7 +47,7 @@ def has_bitsandbytes() -> bool:
     )
 
 
-def tokens() -> dict[str, Any]:
+def tokens() -> dict[str, object]:
     """TrainingArguments that make the loss of several ranks that of one process."""
     return {"average_tokens_across_devices": True} if normalises_over_ranks() else {}
 
@@ -56,7 +58,7 @@ def state_dict_type(setup: Setup) -> str:
     return "SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT"
 
 
-def fsdp(setup: Setup) -> dict[str, Any]:
+def fsdp(setup: Setup) -> dict[str, object]:
     """TrainingArguments for a set-up's FSDP; releases that read the environment get it set.
 
     Args:
@@ -67,7 +69,7 @@ def fsdp(setup: Setup) -> dict[str, Any]:
     """
     import torch
 
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "cpu_ram_efficient_loading": str(setup.ram_efficient).lower(),
         # A string would count as true whatever it says: https://github.com/huggingface/transformers/pull/34032
         "activation_checkpointing": setup.activation_checkpointing,
@@ -90,7 +92,7 @@ def fsdp(setup: Setup) -> dict[str, Any]:
     return {"fsdp": "full_shard" if setup.wrap == "none" else "full_shard auto_wrap", "fsdp_config": config}
 
 
-def replicas(setup: Setup) -> dict[str, Any]:
+def replicas(setup: Setup) -> dict[str, object]:
     """TrainingArguments for pairs of ranks that hold a replica of the base each, under FSDP2."""
     if not setup.hybrid or setup.fsdp != 2:
         return {}
@@ -108,7 +110,7 @@ def environment() -> None:
         os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
 
 
-def evaluate_every_step(trainer: Any) -> None:
+def evaluate_every_step(trainer: Trainer) -> None:
     """Have a Trainer evaluate after each step; its argument was renamed in transformers 4.41 and 4.46."""
     name = "eval_strategy" if hasattr(trainer.args, "eval_strategy") else "evaluation_strategy"
     setattr(trainer.args, name, type(getattr(trainer.args, name))("steps"))

@@ -10,7 +10,7 @@ import dataclasses
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch.inspecting import footprint, inventory
 from trainer_fsdp_patch.inspecting.footprint import Footprint
@@ -20,6 +20,14 @@ from trainer_fsdp_patch.planning.prepared import prepared_by
 from trainer_fsdp_patch.testing import case, cpu, forks, releases
 
 STEPS, BATCH, LENGTH, VOCABULARY = 3, 4, 12, 96
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+    Configure = Callable[[PreTrainedModel], PeftModel]
 
 
 def tiny_base(folder: Path) -> str:
@@ -43,7 +51,9 @@ def tiny_base(folder: Path) -> str:
     return str(folder)
 
 
-def load_base(folder: str, setup: case.Setup, kind: Any = None, quantization: Any = None) -> Any:
+def load_base(
+    folder: str, setup: case.Setup, kind: type[PreTrainedModel] | None = None, quantization: object = None
+) -> PreTrainedModel:
     """Load the base as a user would, quantized where the setup says so.
 
     Args:
@@ -78,7 +88,7 @@ def load_base(folder: str, setup: case.Setup, kind: Any = None, quantization: An
     return model
 
 
-def nudge(model: Any) -> None:
+def nudge(model: nn.Module) -> None:
     """Move every trainable tensor off its initial value, the same on all ranks, so that all have gradients."""
     import torch
 
@@ -89,7 +99,7 @@ def nudge(model: Any) -> None:
             parameter.data.add_(noise.to(parameter))
 
 
-def dataset(size: int, *, even: bool = False) -> list[dict[str, Any]]:
+def dataset(size: int, *, even: bool = False) -> list[dict[str, torch.Tensor]]:
     """Random token sequences; the number of labelled tokens differs where the release accounts for that.
 
     Args:
@@ -108,7 +118,7 @@ def dataset(size: int, *, even: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
-def arguments(setup: case.Setup, folder: str, ranks: int) -> Any:
+def arguments(setup: case.Setup, folder: str, ranks: int) -> TrainingArguments:
     """TrainingArguments of a case; one process gets the whole global batch."""
     import torch
     from transformers import TrainingArguments
@@ -144,7 +154,7 @@ def arguments(setup: case.Setup, folder: str, ranks: int) -> Any:
     )
 
 
-def enter(setup: case.Setup, folder: str, ranks: int, *, patched: bool) -> Any:
+def enter(setup: case.Setup, folder: str, ranks: int, *, patched: bool) -> TrainingArguments:
     """Make this process one of the ranks of a case, patched or stock, and return its TrainingArguments."""
     import torch
 
@@ -161,7 +171,7 @@ def enter(setup: case.Setup, folder: str, ranks: int, *, patched: bool) -> Any:
 
 
 def train(
-    setup: case.Setup, configure: Callable[[Any], Any], base: str, folder: str, ranks: int, patched: bool, rank: int
+    setup: case.Setup, configure: Configure, base: str, folder: str, ranks: int, patched: bool, rank: int
 ) -> case.Outcome:
     """Train and save one case in this process.
 
@@ -216,7 +226,7 @@ def train(
     return outcome
 
 
-def _planned(trainer: Any, seen: Footprint | None) -> Footprint | None:
+def _planned(trainer: Trainer, seen: Footprint | None) -> Footprint | None:
     """What the plan of a patched run says that it takes of a rank."""
     prepared = prepared_by(trainer)
     if prepared is None or seen is None:
@@ -227,13 +237,13 @@ def _planned(trainer: Any, seen: Footprint | None) -> Footprint | None:
     return expecting.footprint(prepared.plan, seen.ranks, prefetched=prefetched)
 
 
-def _save(trainer: Any, save: Any, folder: str) -> None:
+def _save(trainer: Trainer, save: Callable[[dict[str, torch.Tensor], str], object] | None, folder: str) -> None:
     if save is None:
         trainer.save_model(folder)
         return
-    found = trainer.accelerator.get_state_dict(trainer.model)
+    tensors = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero():
-        save(found, folder)
+        save(tensors, folder)
 
 
 def counter() -> Any:
@@ -243,7 +253,7 @@ def counter() -> Any:
     class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         total = 0
 
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(self, function: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
             self.total += function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function)
             return function(*args, **(kwargs or {}))
 
@@ -269,7 +279,7 @@ def _recorder(tensors: list[inventory.TensorInfo]) -> Any:
             self.outcome = case.Outcome()
             self.running = 0.0
 
-        def snapshot(self, model: Any) -> None:
+        def snapshot(self, model: nn.Module) -> None:
             self.outcome.steps.append(
                 {
                     canonical(name): parameter.detach().clone()
@@ -278,16 +288,20 @@ def _recorder(tensors: list[inventory.TensorInfo]) -> Any:
                 }
             )
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        def on_train_begin(
+            self, args: object, state: object, control: object, model: nn.Module, **kwargs: object
+        ) -> None:
             self.snapshot(model)
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        def on_step_begin(
+            self, args: object, state: object, control: object, model: nn.Module, **kwargs: object
+        ) -> None:
             self.mode, self.watch = self.count(), footprint.Watch(model, tensors)
             self.watching = contextlib.ExitStack()
             self.watching.enter_context(self.watch.watching())
             self.watching.enter_context(self.mode)
 
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        def on_step_end(self, args: object, state: object, control: object, model: nn.Module, **kwargs: object) -> None:
             self.watching.close()
             self.outcome.collectives.append(self.mode.total)
             self.outcome.footprint = self.watch.footprint(self.mode.total, self.outcome.footprint)
@@ -298,13 +312,13 @@ def _recorder(tensors: list[inventory.TensorInfo]) -> Any:
     return Recorder()
 
 
-def _trainer(recorder: Any) -> Any:
+def _trainer(recorder: Any) -> type[Trainer]:
     """Class of a Trainer whose recorder sums up the losses of a step."""
     from transformers import Trainer
 
     class RecordingTrainer(Trainer):  # type: ignore[misc]
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().training_step(*args, **kwargs)
+        def training_step(self, *args: object, **kwargs: object) -> torch.Tensor:
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
             recorder.running += float(loss)
             return loss
 
@@ -312,7 +326,7 @@ def _trainer(recorder: Any) -> Any:
 
 
 def run(
-    setup: case.Setup, configure: Callable[[Any], Any], base: str, folder: Path, *, ranks: int = 0, patched: bool = True
+    setup: case.Setup, configure: Configure, base: str, folder: Path, *, ranks: int = 0, patched: bool = True
 ) -> case.Outcome:
     """Train one case on forked ranks, the set-up's where no number is given; losses are averaged over them."""
     ranks = ranks or setup.ranks

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import RankError
 from trainer_fsdp_patch.inspecting import footprint, inventory
 from trainer_fsdp_patch.planning.prepared import prepared_by, prepared_for
 from trainer_fsdp_patch.training import steps
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch._C._distributed_c10d import Store
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from transformers import Trainer
+
+Result = TypeVar("Result")
 
 PATIENCE = 60.0
 """Seconds that a rank without memory waits for the others to be without it too."""
@@ -18,7 +26,7 @@ _MARK = "trainer_fsdp_patch/memory"
 """Key of torch's store under which a rank says that it ran out, and of what batch size."""
 
 
-def attempt(upstream: Callable[[], Any], trainer: Any, batch_size: Any) -> Any:
+def attempt(upstream: Callable[[], Result], trainer: Trainer, batch_size: int) -> Result:
     """One try of the training loop; after one that ran out of memory, FSDP is ready for the next.
 
     Args:
@@ -34,54 +42,54 @@ def attempt(upstream: Callable[[], Any], trainer: Any, batch_size: Any) -> Any:
     try:
         return upstream()
     except Exception as error:
-        if prepared_by(trainer) is None or collectives.store() is None:
+        store = None if prepared_by(trainer) is None else collectives.store()
+        if store is None:
             raise
         if should_reduce_batch_size(error):
-            _agree(batch_size, error)
+            _agree(store, batch_size, error)
             _recover(trainer)
         elif isinstance(error, RuntimeError):
-            _look_for_others(error)
+            _look_for_others(store, error)
         raise
 
 
-def _agree(batch_size: Any, error: Exception) -> None:
+def _agree(store: Store, batch_size: int, error: Exception) -> None:
     """Say that this rank ran out of memory, and wait for the others to say so."""
     import torch.distributed as dist
 
     said = f"rank {dist.get_rank()} ran out of memory at a batch size of {batch_size}"
     # In this order: once all ranks are there, nobody is going to set the mark that rank 0 takes away.
-    collectives.store().set(_MARK, said)
+    store.set(_MARK, said)
     others = collectives.missing(f"{_MARK}/together", PATIENCE)
     if others:
         raise _alone(said, others) from error
     if collectives.is_main():
-        collectives.store().delete_key(_MARK)
+        store.delete_key(_MARK)
 
 
-def _look_for_others(error: RuntimeError) -> None:
+def _look_for_others(store: Store, error: RuntimeError) -> None:
     """Blame the rank that ran out of memory, where this one was waiting for it."""
     import torch.distributed as dist
 
-    store = collectives.store()
     try:
-        found = store.get(_MARK).decode() if store.check([_MARK]) else ""
+        said = store.get(_MARK).decode() if store.check([_MARK]) else ""
     except RuntimeError:
         # Rank 0 had the store, and has ended.
-        found = ""
-    if found:
-        raise _alone(found, [dist.get_rank()]) from error
+        said = ""
+    if said:
+        raise _alone(said, [dist.get_rank()]) from error
 
 
-def _alone(found: str, others: list[int]) -> RankError:
+def _alone(said: str, others: list[int]) -> RankError:
     return RankError(
         "auto_find_batch_size",
-        f"{found} per device, and rank {', '.join(map(str, others))} did not",
+        f"{said} per device, and rank {', '.join(map(str, others))} did not",
         "Those that did not are inside a step that needs all ranks, so that no smaller batch can be tried",
         "Start again with a smaller per_device_train_batch_size, or give all ranks rows of one length",
     )
 
 
-def _recover(trainer: Any) -> None:
+def _recover(trainer: Trainer) -> None:
     """Bring FSDP's units to where they are between two steps, of which a part was taken."""
     from torch.distributed.fsdp import FullyShardedDataParallel, _runtime_utils
 
@@ -95,7 +103,7 @@ def _recover(trainer: Any) -> None:
         if isinstance(module, FullyShardedDataParallel):
             if module._is_root:
                 _runtime_utils._post_backward_final_callback(module, module)
-        elif getattr(getattr(module, "_get_fsdp_state", dict)(), "_is_root", False):
+        elif getattr(footprint.state_of(module), "_is_root", False):
             _reset(module)
     for module in model.modules():
         for group in footprint.groups(module):
@@ -103,7 +111,7 @@ def _recover(trainer: Any) -> None:
     model.zero_grad()
 
 
-def _forget_gradients(group: Any) -> None:
+def _forget_gradients(group: FSDPParamGroup) -> None:
     """Of full parameters of FSDP2's, which it keeps until it has reduced them; no reset of torch's reaches those."""
     for item in group.fsdp_params:
         if hasattr(item, "_unsharded_param"):
@@ -111,21 +119,24 @@ def _forget_gradients(group: Any) -> None:
         item.unsharded_accumulated_grad = None
 
 
-def _reset(module: Any) -> None:
+def _reset(module: nn.Module) -> None:
     """The same under FSDP2."""
     # until torch 2.13
-    if hasattr(module, "reset_iter_state"):
-        module.reset_iter_state()
+    reset = getattr(module, "reset_iter_state", None)
+    if reset is not None:
+        reset()
         return
-    state = module._get_fsdp_state()
+    state = footprint.state_of(module)
+    assert state is not None
     state._root_post_backward_final_callback()
     state._state_ctx.iter_forward_root = None
     for part in module.modules():
-        if hasattr(part, "reshard"):
-            part.reshard()
+        reshard = getattr(part, "reshard", None)
+        if reshard is not None:
+            reshard()
 
 
-def keep_wrapped(upstream: Callable[..., Any], model: Any, recursive: bool = False) -> Any:
+def keep_wrapped(upstream: Callable[..., nn.Module], model: nn.Module, recursive: bool = False) -> nn.Module:
     """The same model, where units would be taken out whose parameters FSDP1 has flattened.
 
     Without its units the model has shards of flat parameters in the place of its weights.

@@ -6,14 +6,21 @@ FSDP reads the dtype of what it shards before its first forward, and takes room 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch.inspecting import footprint, inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 from trainer_fsdp_patch.saving import gathering
 
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-def applied(upstream: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+Result = TypeVar("Result")
+
+
+def applied(upstream: Callable[..., Result], model: nn.Module, *args: object, **kwargs: object) -> Result:
     """Move or cast a planned model, and have FSDP read the dtypes again.
 
     Args:
@@ -40,14 +47,16 @@ def applied(upstream: Callable[..., Any], model: Any, *args: Any, **kwargs: Any)
     return result
 
 
-def _read_flat(handle: Any) -> None:
+def _read_flat(handle: FlatParamHandle | None) -> None:
     """Have a unit of FSDP1 take room for shards of another dtype; before the first forward it has taken none."""
-    shard = None if handle is None else getattr(handle.flat_param, "_local_shard", None)
+    if handle is None:
+        return
+    shard = getattr(handle.flat_param, "_local_shard", None)
     if shard is not None and shard.dtype != handle.flat_param.dtype:
         handle.init_flat_param_attributes()
 
 
-def _read_group(group: Any) -> None:
+def _read_group(group: FSDPParamGroup) -> None:
     """The same for a group of FSDP2."""
     cast = [
         item for item in group.fsdp_params if getattr(item, "orig_dtype", None) not in (None, item.sharded_param.dtype)

@@ -6,9 +6,13 @@ both take other steps there, and no error says so. FSDP2's are DTensors, which m
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Trainer
 
 _TORCH = {"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
 _NAMES = {"adagrad", "adamw_anyprecision", "adamw_apex_fused", "adamw_hf", "rmsprop", "sgd"}
@@ -22,7 +26,7 @@ _OTHERWISE = ("apollo_torch", "bitsandbytes", "galore_torch", "lomo_optim", "pef
 REMEDY = 'Use an elementwise optimizer such as adamw_torch, or patch(adapter_placement="replicate")'
 
 
-def why_not(trainer: Any, fsdp_version: int, placement: str) -> str:
+def why_not(trainer: Trainer, fsdp_version: int, placement: str) -> str:
     """Why no trainable tensor of a run may be sharded, or "" where its optimizer steps shards alike.
 
     Args:
@@ -42,7 +46,7 @@ def why_not(trainer: Any, fsdp_version: int, placement: str) -> str:
     return f"{type(optimizer).__name__} is not known to step shards as it steps full tensors"
 
 
-def refuse(optimizer: Any, name: str, fsdp_version: int) -> None:
+def refuse(optimizer: torch.optim.Optimizer, name: str, fsdp_version: int) -> None:
     """Before its first step, refuse an optimizer that was made after the plan and steps a shard otherwise.
 
     Args:
@@ -55,16 +59,16 @@ def refuse(optimizer: Any, name: str, fsdp_version: int) -> None:
     """
     if not _is_known(optimizer) or _is_elementwise(optimizer, fsdp_version):
         return
-    found = f"it is sharded, and {type(optimizer).__name__} steps shards otherwise than full tensors"
-    raise AdapterError(name, found, "The adapter would not be the one that one process trains", REMEDY)
+    sharded = f"it is sharded, and {type(optimizer).__name__} steps shards otherwise than full tensors"
+    raise AdapterError(name, sharded, "The adapter would not be the one that one process trains", REMEDY)
 
 
-def _is_known(optimizer: Any) -> bool:
+def _is_known(optimizer: torch.optim.Optimizer) -> bool:
     package = type(optimizer).__module__.partition(".")[0]
     return package == "torch" or package in _OTHERWISE
 
 
-def _is_elementwise(optimizer: Any, fsdp_version: int) -> bool:
+def _is_elementwise(optimizer: torch.optim.Optimizer, fsdp_version: int) -> bool:
     kind = type(optimizer)
     package = kind.__module__.partition(".")[0]
     if package == "bitsandbytes":

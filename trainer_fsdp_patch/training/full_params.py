@@ -5,13 +5,24 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from trainer_fsdp_patch.planning.prepared import prepared_with
 from trainer_fsdp_patch.shadowing import shadowed
 
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp._common_utils import HandleTrainingState
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-def summoned(upstream: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
+
+def summoned(
+    upstream: Callable[..., contextlib.AbstractContextManager[None]],
+    module: nn.Module,
+    *args: object,
+    **kwargs: object,
+) -> contextlib.AbstractContextManager[None]:
     """Full parameters that a forward does not shard again.
 
     FSDP1 writes what is summoned back at the end. A forward inside has sharded it by then, so that each rank
@@ -30,7 +41,7 @@ def summoned(upstream: Callable[..., Any], module: Any, *args: Any, **kwargs: An
     return _kept_whole(context, module) if _planned_units(module) else context
 
 
-def _planned_units(module: Any) -> list[Any]:
+def _planned_units(module: nn.Module) -> list[FullyShardedDataParallel]:
     """FSDP1's units in a module that belong to planned models."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -39,17 +50,19 @@ def _planned_units(module: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _kept_whole(context: Any, module: Any) -> Iterator[None]:
+def _kept_whole(context: contextlib.AbstractContextManager[None], module: nn.Module) -> Iterator[None]:
     with context:
         units = [unit for unit in _planned_units(module) if _is_summoned(unit)]
-        states = {id(unit): unit._handle._training_state for unit in units}
+        states = {id(unit): _handle(unit)._training_state for unit in units}
         try:
             with contextlib.ExitStack() as stack:
                 for unit in units:
-                    ours = {"forward": functools.partial(_forward, unit, unit.forward, states[id(unit)])}
+                    ours: dict[str, Callable[..., object]] = {
+                        "forward": functools.partial(_forward, unit, unit.forward, states[id(unit)])
+                    }
                     if "generate" in vars(unit):
                         # It gathers the root's parameters, which are here, by a forward of the root.
-                        ours["generate"] = unit._fsdp_wrapped_module.generate
+                        ours["generate"] = cast("Callable[..., object]", unit._fsdp_wrapped_module.generate)
                     stack.enter_context(shadowed(unit, **ours))
                     stack.enter_context(shadowed(unit._handle, reshard=_stay_whole))
                 yield
@@ -58,7 +71,7 @@ def _kept_whole(context: Any, module: Any) -> Iterator[None]:
                 _restore(unit, states[id(unit)])
 
 
-def _is_summoned(unit: Any) -> bool:
+def _is_summoned(unit: FullyShardedDataParallel) -> bool:
     """Whether this rank holds the full parameters of a unit, as it does not on others with `rank0_only`."""
     handle = unit._handle
     if handle is None or not handle.uses_sharded_strategy:
@@ -66,15 +79,28 @@ def _is_summoned(unit: Any) -> bool:
     return handle._training_state.name == "SUMMON_FULL_PARAMS" and not handle.is_sharded(handle.flat_param)
 
 
+def _handle(unit: FullyShardedDataParallel) -> FlatParamHandle:
+    """The handle of a unit that is summoned, which has one."""
+    handle = unit._handle
+    assert handle is not None
+    return handle
+
+
 def _stay_whole(free_unsharded_flat_param: bool) -> None:
     """In place of a unit's `reshard`."""
 
 
-def _forward(unit: Any, upstream: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward(
+    unit: FullyShardedDataParallel,
+    upstream: Callable[..., object],
+    state: HandleTrainingState,
+    *args: object,
+    **kwargs: object,
+) -> object:
     """Forward of a unit whose parameters are full: nothing has to be gathered, so one rank can do it alone."""
     import torch
 
-    if not torch.is_grad_enabled() and unit._handle.flat_param.device == unit.compute_device:
+    if not torch.is_grad_enabled() and _handle(unit).flat_param.device == unit.compute_device:
         return unit._fsdp_wrapped_module(*args, **kwargs)
     # A backward pass needs the hooks that FSDP1 registers in its own forward.
     result = upstream(*args, **kwargs)
@@ -82,13 +108,14 @@ def _forward(unit: Any, upstream: Callable[..., Any], state: Any, *args: Any, **
     return result
 
 
-def _restore(unit: Any, state: Any) -> None:
+def _restore(unit: FullyShardedDataParallel, state: HandleTrainingState) -> None:
     """Have a unit's parameters be those that were summoned, in full precision, after FSDP1 used others."""
-    handle = unit._handle
+    handle = _handle(unit)
     if handle._training_state == state:
         return
     if handle._uses_param_mixed_precision and not handle._force_full_precision:
-        handle._free_unsharded_flat_param()
+        # torch gives this method no types.
+        handle._free_unsharded_flat_param()  # type: ignore[no-untyped-call]
     handle._training_state = state
     handle._use_unsharded_flat_param(handle._get_padded_unsharded_flat_param())
     handle._use_unsharded_views(as_params=True)

@@ -7,10 +7,18 @@ a step and a `.grad` that is read before the step all find averages. accelerate'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch.inspecting import footprint
 from trainer_fsdp_patch.names import unwrap
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import nn
+    from torch.autograd.graph import Node
+
+Result = TypeVar("Result")
 
 
 class Averaging:
@@ -23,20 +31,21 @@ class Averaging:
     """
 
     def __init__(
-        self, parameters: Iterable[Any], average: Callable[[], None], synchronises: Callable[[], bool]
+        self, parameters: Iterable[torch.Tensor], average: Callable[[], None], synchronises: Callable[[], bool]
     ) -> None:
         self.average, self.synchronises = average, synchronises
         self.deferred = False
         self.pending: set[int] = set()
         self._queued = False
-        self._reached: Any = None
+        self._reached: Node | None = None
         self.note(parameters)
 
-    def note(self, parameters: Iterable[Any]) -> None:
+    def note(self, parameters: Iterable[torch.Tensor]) -> None:
         """Notice when these get gradients, those of them that train."""
         for parameter in parameters:
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._note)
+                # torch gives this method no types.
+                parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
 
     def begin_forward(self) -> None:
         """Forget a pass that an exception has ended before autograd could call back."""
@@ -45,7 +54,7 @@ class Averaging:
         if torch._C._current_graph_task_id() == -1:
             self._queued, self._reached = False, None
 
-    def begin(self, gradient: Any) -> None:
+    def begin(self, gradient: torch.Tensor) -> None:
         """Hook of the model's outputs: they are the first to be reached, outside of any checkpointed region.
 
         A checkpointed region runs a pass of its own within the pass, and its end would be too early.
@@ -57,7 +66,7 @@ class Averaging:
         self._reached = torch._C._current_autograd_node()
         self._queue()
 
-    def _note(self, parameter: Any) -> None:
+    def _note(self, parameter: torch.Tensor) -> None:
         self.pending.add(id(parameter))
         if not self.deferred and not self._queued:
             self._queue()
@@ -86,7 +95,7 @@ class Averaging:
         self.pending.clear()
 
 
-def _accumulates(node: Any) -> bool:
+def _accumulates(node: Node) -> bool:
     """Whether the pass that ends now is a `backward()`, which accumulates in every leaf, and no `autograd.grad()`.
 
     Args:
@@ -94,23 +103,24 @@ def _accumulates(node: Any) -> bool:
     """
     import torch
 
-    seen, waiting = set(), [node]
+    seen: set[Node] = set()
+    waiting: list[Node | None] = [node]
     while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
+        below = waiting.pop()
+        if below is None or below in seen:
             continue
-        seen.add(node)
-        if type(node).__name__ == "AccumulateGrad":
+        seen.add(below)
+        if type(below).__name__ == "AccumulateGrad":
             try:
-                return bool(torch._C._will_engine_execute_node(node))
+                return bool(torch._C._will_engine_execute_node(below))
             except RuntimeError:
                 # It is an input of `autograd.grad()`; autograd does not answer for those.
                 return False
-        waiting.extend(following for following, _ in node.next_functions)
+        waiting.extend(following for following, _ in below.next_functions)
     return False
 
 
-def backward(upstream: Callable[..., Any], accelerator: Any, averaging: Iterable[Averaging]) -> Any:
+def backward(upstream: Callable[[], Result], accelerator: Accelerator, averaging: Iterable[Averaging]) -> Result:
     """Around `Accelerator.backward`, which all ranks call alike: all models are averaged in one order after it.
 
     So a rank whose loss reaches none of an adapter still takes part.
@@ -134,7 +144,7 @@ def backward(upstream: Callable[..., Any], accelerator: Any, averaging: Iterable
     return result
 
 
-def synchronises(accelerator: Callable[[], Any], model: Callable[[], Any]) -> bool:
+def synchronises(accelerator: Callable[[], Accelerator | None], model: Callable[[], nn.Module | None]) -> bool:
     """Whether a pass that ends now is averaged: accelerate's flag, and FSDP's own where its `no_sync()` is used alone.
 
     Args:
@@ -150,7 +160,7 @@ def synchronises(accelerator: Callable[[], Any], model: Callable[[], Any]) -> bo
     return all(_flags(wrapped))
 
 
-def _flags(model: Any) -> list[bool]:
+def _flags(model: nn.Module) -> list[bool]:
     """FSDP's flag of the first unit that has one; `no_sync()` sets those of all."""
     for module in model.modules():
         if "_sync_gradients" in vars(module):

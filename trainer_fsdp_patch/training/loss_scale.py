@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by
 from trainer_fsdp_patch.shadowing import shadowed
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import Trainer
+
 _COUNT = "num_items_in_batch"
 
+Result = TypeVar("Result")
 
-def compute_loss(upstream: Callable[..., Any], trainer: Any, arguments: dict[str, Any]) -> Any:
+
+def compute_loss(upstream: Callable[..., Result], trainer: Trainer, arguments: dict[str, Any]) -> Result:
     """Divide the count that the model gets by the ranks, where upstream multiplies the loss that it gives by them.
 
     Averaging gradients over the ranks divides them once more, so upstream makes up for a loss that was divided by the
@@ -37,7 +44,7 @@ def compute_loss(upstream: Callable[..., Any], trainer: Any, arguments: dict[str
         return upstream(**{**arguments, _COUNT: share})
 
 
-def _multiplies(trainer: Any) -> bool:
+def _multiplies(trainer: Trainer) -> bool:
     """Whether upstream would; a user's own loss function and a compiled model get the count that upstream gives."""
     args = trainer.args
     others = trainer.compute_loss_func is not None or args.torch_compile or args.n_gpu > 1
@@ -45,13 +52,15 @@ def _multiplies(trainer: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _unrounded(prepared: Prepared, share: Any) -> Iterator[None]:
+def _unrounded(prepared: Prepared, share: float | torch.Tensor) -> Iterator[None]:
     """Let the model's forward get the share itself: FSDP casts floating-point arguments to its low precision.
 
     A count is a 0-dim tensor upstream, on which a forward may call `.to(device)`, so no plain number stands for it.
     """
 
-    def restore(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def restore(
+        module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         return (args, {**kwargs, _COUNT: share}) if _COUNT in kwargs else None
 
     # It runs after FSDP's own hooks, which cast.

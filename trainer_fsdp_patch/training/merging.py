@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_with
 from trainer_fsdp_patch.saving import gathering
 
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
 
 @contextlib.contextmanager
-def gathered(layer: Any) -> Iterator[None]:
+def gathered(layer: nn.Module) -> Iterator[None]:
     """Around a change of a layer's weights in place, by all ranks alike.
 
     Args:
@@ -30,7 +34,7 @@ def gathered(layer: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _full_tensors(layer: Any, prepared: Prepared) -> Iterator[None]:
+def _full_tensors(layer: nn.Module, prepared: Prepared) -> Iterator[None]:
     """FSDP2: plain parameters stand in the place of sharded ones."""
     import torch
 
@@ -57,7 +61,7 @@ def _full_tensors(layer: Any, prepared: Prepared) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _full_views(layer: Any, prepared: Prepared) -> Iterator[None]:
+def _full_views(layer: nn.Module, prepared: Prepared) -> Iterator[None]:
     """FSDP1: the unit's full parameters are summoned, where the user has not done so, and written back."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -76,13 +80,13 @@ def _full_views(layer: Any, prepared: Prepared) -> Iterator[None]:
                 parameter.data = view
 
 
-def _unit_of(layer: Any, prepared: Prepared) -> Any:
+def _unit_of(layer: nn.Module, prepared: Prepared) -> FullyShardedDataParallel | None:
     """FSDP1's innermost unit around a layer."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    found = None
+    innermost = None
     for module in prepared.wrapped().modules():
         # Outer modules come first.
         if isinstance(module, FullyShardedDataParallel) and any(part is layer for part in module.modules()):
-            found = module
-    return found
+            innermost = module
+    return innermost

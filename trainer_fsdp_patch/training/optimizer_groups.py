@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning.prepared import prepared_by
 
+if TYPE_CHECKING:
+    from transformers import Trainer
 
-def separate(trainer: Any) -> None:
+
+def separate(trainer: Trainer) -> None:
     """Give sharded parameters groups of their own: torch steps no group that mixes them with full ones.
 
     Args:

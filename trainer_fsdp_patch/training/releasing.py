@@ -8,10 +8,15 @@ what the encoder gave, has its gradient only when all of them are done, and all 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 
-def own_inputs(handle: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def own_inputs(
+    handle: FlatParamHandle | None, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """Inputs of a frozen unit as views, which no other unit has: each gets its gradient when the unit is done.
 
     Args:
@@ -28,7 +33,7 @@ def own_inputs(handle: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     if handle is None or handle.flat_param.requires_grad or not torch.is_grad_enabled():
         return args, kwargs
 
-    def own(item: Any) -> Any:
+    def own(item: object) -> object:
         return item.view_as(item) if isinstance(item, torch.Tensor) and item.requires_grad else item
 
     return tree_map(own, args), tree_map(own, kwargs)

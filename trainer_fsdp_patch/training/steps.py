@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError
@@ -14,6 +14,13 @@ from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning.prepared import Prepared, held_by, prepared_for
 from trainer_fsdp_patch.saving import liveness
 from trainer_fsdp_patch.training import elementwise, gradients
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import nn
+
+Result = TypeVar("Result")
 
 _STEPS: weakref.WeakKeyDictionary[Prepared, Steps] = weakref.WeakKeyDictionary()
 
@@ -34,7 +41,7 @@ class Steps:
         self.optimizers: set[tuple[int, int]] = set()
 
 
-def watch(prepared: Prepared, accelerator: Any) -> None:
+def watch(prepared: Prepared, accelerator: Accelerator) -> None:
     """Average from now on at the end of each backward pass, and before a step that finds something left.
 
     Args:
@@ -50,19 +57,19 @@ def watch(prepared: Prepared, accelerator: Any) -> None:
     liveness.watch(prepared)
 
     def average() -> None:
-        found = record()
-        if found is not None:
-            average_replicated(found)
+        planned = record()
+        if planned is not None:
+            average_replicated(planned)
 
     trained = {id(tensor) for tensor in prepared.tensors if tensor.requires_grad}
     synchronises = functools.partial(gradients.synchronises, owner, prepared.model)
     _STEPS[prepared] = Steps(gradients.Averaging(prepared.tensors, average, synchronises), trained)
     model.register_forward_hook(watch_outputs)
 
-    def before(optimizer: Any, args: Any, kwargs: Any) -> None:
-        found = record()
-        if found is not None:
-            before_step(found, optimizer)
+    def before(optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        planned = record()
+        if planned is not None:
+            before_step(planned, optimizer)
 
     weakref.finalize(model, register_optimizer_step_pre_hook(before).remove)
 
@@ -84,7 +91,7 @@ def average_replicated(prepared: Prepared) -> None:
     liveness.of(prepared).note_gradients()
 
 
-def take_up(prepared: Prepared, later: dict[str, Any]) -> None:
+def take_up(prepared: Prepared, later: dict[str, torch.Tensor]) -> None:
     """Average and compare adapters that came after the plan too from now on.
 
     Args:
@@ -98,7 +105,7 @@ def take_up(prepared: Prepared, later: dict[str, Any]) -> None:
         averaging.note(later.values())
 
 
-def before_step(prepared: Prepared, optimizer: Any) -> None:
+def before_step(prepared: Prepared, optimizer: torch.optim.Optimizer) -> None:
     """Before an optimizer's step: average what no pass has averaged, and refuse what cannot be averaged.
 
     Args:
@@ -121,7 +128,7 @@ def before_step(prepared: Prepared, optimizer: Any) -> None:
     liveness.of(prepared).note_step(optimizer)
 
 
-def _refuse_unknown(prepared: Prepared, stepped: list[Any]) -> None:
+def _refuse_unknown(prepared: Prepared, stepped: list[torch.Tensor]) -> None:
     others = {id(parameter) for parameter in stepped if parameter.requires_grad} - prepared.known
     for name, parameter in prepared.model().named_parameters() if others else ():
         owned = isinstance(parameter, inventory.dtensor()) or prepared.is_sharded(name)
@@ -135,18 +142,18 @@ def _refuse_unknown(prepared: Prepared, stepped: list[Any]) -> None:
             )
 
 
-def after_backward(upstream: Callable[[], Any], accelerator: Any) -> Any:
+def after_backward(upstream: Callable[[], Result], accelerator: Accelerator) -> Result:
     """Average the replicated gradients of every planned model after a backward pass of accelerate's.
 
     Args:
         upstream: the pass.
         accelerator: whose flag says whether it synchronises.
     """
-    found = map(averaging_of, held_by(accelerator))
-    return gradients.backward(upstream, accelerator, [item for item in found if item is not None])
+    averaging = map(averaging_of, held_by(accelerator))
+    return gradients.backward(upstream, accelerator, [item for item in averaging if item is not None])
 
 
-def watch_outputs(module: Any, args: Any, output: Any) -> None:
+def watch_outputs(module: nn.Module, args: tuple[object, ...], output: object) -> None:
     """Forward hook of a planned model. It is a function of a module, so that models with it can be pickled.
 
     Args:
