@@ -27,18 +27,10 @@ This page is what `python -m trainer_fsdp_patch status --markdown` prints, from 
 """Head of docs/patches.md."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: arguments behind the program's name; None takes those of the process.
-
-    Returns:
-        The exit code: of `check`, 0 only if every patched cell is right; of `verify` and `repair`, 0 only if
-        nothing is wrong, with the file or with its copy.
-    """
-    parser = argparse.ArgumentParser(prog="python -m trainer_fsdp_patch", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Every command with its arguments."""
+    program = argparse.ArgumentParser(prog="python -m trainer_fsdp_patch", description=__doc__)
+    commands = program.add_subparsers(dest="command", required=True)
     commands.add_parser("check", help="train a tiny VeRA on two ranks, stock and patched, beside one process")
     status = commands.add_parser("status", help="which patches concern what is installed")
     form = status.add_mutually_exclusive_group()
@@ -53,7 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     repair.add_argument("--config", type=Path, help="adapter_config.json for an adapter that lacks its own")
     seams = commands.add_parser("seams", help="for maintainers: what moved since the newest tested releases")
     seams.add_argument("--record", action="store_true", help="write the installed releases as the tested ones")
-    given = parser.parse_args(argv)
+    return program
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments behind the program's name; None takes those of the process.
+
+    Returns:
+        The exit code: of `check`, 0 only if every patched cell is right; of `verify` and `repair`, 0 only if
+        nothing is wrong, with the file or with its copy.
+    """
+    given = parser().parse_args(argv)
     if given.command in ("verify", "repair"):
         return _saved(given)
     if given.command in ("check", "seams") and _missing():
