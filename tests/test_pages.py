@@ -149,6 +149,30 @@ def test_every_patch_named_in_the_changelog_exists() -> None:
     assert unknown_patches("Off: `peft_v0_11_gone`, `peft_v0_11_merge`.") == ["peft_v0_11_gone"]
 
 
+def unclear_entries(text: str) -> list[str]:
+    """Entries of the changelog, but for tools, without an origin or a switch."""
+    areas = {part.partition("\n")[0]: part for part in re.split(r"^### ", text, flags=re.MULTILINE)[1:]}
+    entries = [" ".join(item.split()) for area in registry.AREAS for item in areas[area].split("\n- ")[1:]]
+    origin = re.compile(r"Upstream: \[[^\]]+\]\(https://github\.com/|An earlier fault of this package")
+    switch = re.compile(r"Off: `\w+`(, `\w+`)*\.$|No switch is needed: |` avoids it\.$")
+    return [entry for entry in entries if not origin.search(entry) or not switch.search(entry)]
+
+
+def test_every_entry_of_the_changelog_has_an_origin_and_a_switch() -> None:
+    text = TEXTS["CHANGELOG.md"]
+    assert re.findall(r"^### (.*)", text, re.MULTILINE) == [*registry.AREAS, "Tools"]
+    assert unclear_entries(text) == []
+    assert len(unclear_entries(re.sub(r"Upstream:\s+\[trl#3260\]", "[trl#3260]", text))) == 1
+    assert len(unclear_entries(text.replace("Off: `peft_v0_11_merge`", "`peft_v0_11_merge`"))) == 1
+
+
+def test_the_strict_build_is_part_of_ci_and_counts_warnings() -> None:
+    """MkDocs counts no warning that `--quiet` hides."""
+    [line] = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if "mkdocs build" in line]
+    assert "--strict" in line
+    assert not re.search(r" (-q|--quiet)\b", line)
+
+
 def unknown_patches(text: str) -> list[str]:
     names = re.findall(r"\b(?:accelerate|peft|torch|transformers)_v\d+_\d+\w*", text)
     return sorted(set(names) - set(registry.discover()))
