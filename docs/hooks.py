@@ -68,13 +68,17 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
         parts += [LINK.sub(turned, markdown[end : fence.start()]), fence[0]]
         end = fence.end()
     text = "".join([*parts, LINK.sub(turned, markdown[end:])])
+    # A browser may break `->` in two.
+    text = re.sub(r"^\|.*$", lambda row: row[0].replace(" -> ", " \N{RIGHTWARDS ARROW} "), text, flags=re.MULTILINE)
     return text.replace(COMMANDS, "\n".join(_commands())) if COMMANDS in text else text
 
 
 def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
-    """Give a page without sections, which are tables, the width of the table of contents."""
+    """Give a page without sections, which are tables, the width of the table of contents; home has no neighbours."""
     if not any(entry.children for entry in page.toc):
         page.meta.setdefault("hide", []).append("toc")
+    if page.file.src_uri == PAGES["README.md"]:
+        page.meta.setdefault("hide", []).append("navigation")
     return html
 
 
