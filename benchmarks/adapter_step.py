@@ -3,7 +3,7 @@
     python benchmarks/adapter_step.py [--repeat 3] [--markdown]
 
 Prints medians over the repetitions: collectives a step, bytes they carry, milliseconds a step, collectives of
-a save. All but the milliseconds are counts, which tests/test_benchmarks.py holds the README's table against.
+a save. All but the milliseconds are counts, which tests/test_benchmarks.py holds docs/measured.md against.
 The model is a random Llama of 12 layers, width 512; FSDP1 and FSDP2, fp32.
 """
 
@@ -143,7 +143,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--markdown", action="store_true", help="print the README's table")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/measured.md")
     given = parser.parse_args()
     forks.TIMEOUT = 300.0
     check.import_targets()

@@ -1,6 +1,8 @@
-"""Averages the gradients of the replicated adapter over the ranks, once per optimizer step.
+"""Averages the gradients of the replicated adapter over the ranks, at the end of each backward pass that synchronises.
 
-Upstream: https://github.com/huggingface/transformers/pull/48792
+Area: Training
+Issue: https://github.com/huggingface/transformers/pull/48792
+Can be removed when: upstream averages the gradients of parameters that FSDP ignores.
 """
 
 from __future__ import annotations

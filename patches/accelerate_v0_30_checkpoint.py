@@ -1,6 +1,8 @@
-"""Writes and reads the whole adapter in resume checkpoints, of which each rank got what its shard holds.
+"""Writes and reads the full adapter in resume checkpoints, where each rank got only what its shard holds.
 
-Upstream: https://github.com/huggingface/accelerate/pull/4206
+Area: Resuming
+Issue: https://github.com/huggingface/accelerate/pull/4206
+Can be removed when: no accelerate release before 1.7 is supported any more.
 """
 
 from __future__ import annotations

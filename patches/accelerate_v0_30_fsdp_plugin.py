@@ -1,6 +1,8 @@
-"""Records what a user gives the FSDP plugin explicitly, so that it wins over the plan or is refused.
+"""Records what a user sets on the FSDP plugin, so that it wins over the plan or is refused.
 
-Upstream: https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/dataclasses.py
+Area: Start-up
+Issue: https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/dataclasses.py
+Can be removed when: accelerate's plugin remembers which of its settings the user gave.
 """
 
 from __future__ import annotations

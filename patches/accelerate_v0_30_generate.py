@@ -1,6 +1,8 @@
-"""Makes `generate()` work during training, where FSDP's root and the other ranks are forgotten.
+"""Makes `generate()` work during training, where FSDP keeps weights sharded and ranks stop at different lengths.
 
-Upstream: https://github.com/huggingface/transformers/issues/34530
+Area: Training
+Issue: https://github.com/huggingface/transformers/issues/34530
+Can be removed when: transformers runs `generate()` through FSDP's root and keeps the ranks in step.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Gives a save the whole adapter without gathering the frozen base, or an error before a file is replaced.
+"""Gives a save the full, proven adapter without gathering the frozen base.
 
-Upstream: https://github.com/huggingface/accelerate/pull/4206
+Area: Saving
+Issue: https://github.com/huggingface/accelerate/pull/4206
+Can be removed when: accelerate gathers only the adapter of a PEFT model, with the parameters that FSDP ignores.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Keeps DDP away from a base that transformers sharded while it loaded it, and from the adapter beside it.
+"""Keeps DDP away from a base that transformers has sharded, and from the adapter next to it.
 
-Upstream: https://github.com/huggingface/transformers/pull/48873
+Area: Start-up
+Issue: https://github.com/huggingface/transformers/pull/48873
+Can be removed when: upstream trains an adapter next to a natively sharded base in every supported release.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Keeps adapters, projections and integer-stored weights out of FSDP2's groups and off the meta device.
 
-Upstream: https://github.com/huggingface/accelerate/issues/3983
+Area: Start-up
+Issue: https://github.com/huggingface/accelerate/issues/3983
+Can be removed when: accelerate has FSDP2 ignore adapters and integer-stored weights.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Writes and reads the whole adapter in resume checkpoints, which fail with 8-bit layers and lose FSDP1's.
+"""Writes and reads the full adapter in resume checkpoints, which fail with 8-bit layers and lose FSDP1's adapter.
 
-Upstream: https://github.com/huggingface/accelerate/pull/4206
+Area: Resuming
+Issue: https://github.com/huggingface/accelerate/pull/4206
+Can be removed when: accelerate's checkpoints hold the parameters that FSDP ignores, for each FSDP version.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Keeps adapters, projections and packed weights out of FSDP2's groups, and the frozen base in its own dtype.
 
-Upstream: https://github.com/huggingface/accelerate/pull/3848
+Area: Start-up
+Issue: https://github.com/huggingface/accelerate/pull/3848
+Can be removed when: no accelerate release before 1.13 is supported any more.
 """
 
 from __future__ import annotations

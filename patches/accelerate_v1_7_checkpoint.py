@@ -1,6 +1,8 @@
-"""Writes and reads the whole adapter in resume checkpoints, where FSDP2 keeps rank 0's shard.
+"""Writes and reads the full adapter in resume checkpoints, where FSDP2 keeps only rank 0's shard.
 
-Upstream: https://github.com/huggingface/accelerate/pull/4206
+Area: Resuming
+Issue: https://github.com/huggingface/accelerate/pull/4206
+Can be removed when: no accelerate release before 1.15 is supported any more.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Reads the state of a sharded optimizer by the names that it was saved by, and not by parameter numbers.
+"""Reads the state of a sharded optimizer by parameter names, as it was saved, instead of by numbers.
 
-Upstream: https://github.com/huggingface/accelerate/pull/3904
+Area: Resuming
+Issue: https://github.com/huggingface/accelerate/pull/3904
+Can be removed when: no accelerate release before 1.13 is supported any more.
 """
 
 from __future__ import annotations

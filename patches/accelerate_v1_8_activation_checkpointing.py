@@ -1,6 +1,8 @@
 """Makes FSDP2's activation checkpointing recompute with the dropout and noise of the first forward.
 
-Upstream: https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/fsdp_utils.py
+Area: Training
+Issue: https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/fsdp_utils.py
+Can be removed when: accelerate keeps the random state in FSDP2's activation checkpointing.
 """
 
 from __future__ import annotations

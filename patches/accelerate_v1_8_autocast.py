@@ -1,6 +1,8 @@
 """Restores the autocast around the forward that accelerate's FSDP2 path lost in 1.8.0.
 
-Upstream: https://github.com/huggingface/accelerate/pull/3585
+Area: Training
+Issue: https://github.com/huggingface/accelerate/pull/3585
+Can be removed when: accelerate puts the forward of FSDP2 models under autocast, in every supported release.
 """
 
 from __future__ import annotations

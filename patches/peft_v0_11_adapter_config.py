@@ -1,6 +1,8 @@
-"""Writes an adapter's configuration whole or leaves the old one, without which its tensors do not load.
+"""Writes an adapter's configuration completely or keeps the old one, for tensors without it cannot be loaded.
 
-Upstream: https://github.com/huggingface/peft/blob/v0.20.0/src/peft/config.py
+Area: Saving
+Issue: https://github.com/huggingface/peft/blob/v0.20.0/src/peft/config.py
+Can be removed when: peft writes the configuration under another name and renames it.
 """
 
 from __future__ import annotations

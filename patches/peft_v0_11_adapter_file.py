@@ -1,6 +1,8 @@
-"""Writes the adapter file beside the old one, reads it back, and only then puts it in its place.
+"""Writes the adapter file next to the old one, reads it back, and only then replaces the old one.
 
-Upstream: https://github.com/huggingface/peft/blob/v0.20.0/src/peft/peft_model.py
+Area: Saving
+Issue: https://github.com/huggingface/peft/blob/v0.20.0/src/peft/peft_model.py
+Can be removed when: peft writes the adapter file under another name and renames it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Merges adapters into a base that FSDP has sharded, as for the weights that are handed to vLLM, and takes them out.
+"""Merges adapters into a base that FSDP has sharded, as for weights sent to vLLM, and unmerges them.
 
-Upstream: https://github.com/huggingface/trl/issues/5975
+Area: Training
+Issue: https://github.com/huggingface/trl/issues/5975
+Can be removed when: peft gathers a layer's sharded weight before it merges into it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Lets AdaLora note which ranks it keeps by canonical names, which the names of the saved tensors are.
+"""Lets AdaLora record the ranks that it keeps under the names that the saved tensors have.
 
-Upstream: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/adalora/layer.py
+Area: Saving
+Issue: https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/adalora/layer.py
+Can be removed when: AdaLora removes the names of wrappers before it records a parameter.
 """
 
 from __future__ import annotations

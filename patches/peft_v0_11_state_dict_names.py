@@ -1,6 +1,8 @@
-"""Finds an adapter by canonical names, in models and given state dicts, and gives it to one rank that asks alone.
+"""Finds the adapter by canonical names in models and state dicts, also for one rank that asks alone.
 
-Upstream: https://github.com/huggingface/peft/pull/2681
+Area: Saving
+Issue: https://github.com/huggingface/peft/pull/2681
+Can be removed when: `get_peft_model_state_dict` understands wrapped names, and answers one rank without a collective.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Gives VeRA's layers the shared projections on the device and in the dtype of their input.
 
-Upstream: https://github.com/huggingface/peft/issues/2407
+Area: Training
+Issue: https://github.com/huggingface/peft/issues/2407
+Can be removed when: no peft release before 0.14 is supported any more.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Lets LoRA adapt parameters, such as a layer of experts, that FSDP1 shows as plain tensors in the forward.
 
-Upstream: https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py
+Area: Training
+Issue: https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py
+Can be removed when: peft's LoRA on parameters accepts a plain tensor in the forward.
 """
 
 from __future__ import annotations

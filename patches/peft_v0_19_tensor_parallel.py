@@ -1,6 +1,8 @@
 """Loads adapters in distributed runs without the tensor-parallel class that transformers 5.16 removed.
 
-Upstream: https://github.com/huggingface/peft/blob/v0.20.0/src/peft/utils/save_and_load.py
+Area: Start-up
+Issue: https://github.com/huggingface/peft/blob/v0.20.0/src/peft/utils/save_and_load.py
+Can be removed when: no peft release before 0.20 is supported any more.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Lets adapters unpack 4-bit weights that FSDP1 has sharded, such as SHiRA and MiSS do in each forward.
+"""Lets adapters unpack 4-bit weights that FSDP1 has sharded, as SHiRA and MiSS do in each forward.
 
-Upstream: https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/quantization_utils.py
+Area: Training
+Issue: https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/quantization_utils.py
+Can be removed when: peft reads the quantization state of a 4-bit weight from its layer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Finds the adapter's tensors by canonical names, so that nested FSDP and checkpoint wrappers do not hide them.
+"""Finds the adapter's tensors although nested FSDP and checkpoint wrappers have renamed them.
 
-Upstream: https://github.com/huggingface/peft/pull/3490
+Area: Saving
+Issue: https://github.com/huggingface/peft/pull/3490
+Can be removed when: peft removes the names of wrappers before it compares prefixes.
 """
 
 from __future__ import annotations

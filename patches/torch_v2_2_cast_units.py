@@ -1,6 +1,8 @@
-"""Lets FSDP1's units be cast after they have run, as `bf16_full_eval` does it before an evaluation after `train()`.
+"""Lets FSDP1's units be cast after they have run, as `bf16_full_eval` does after `train()`.
 
-Upstream: https://github.com/pytorch/pytorch/blob/v2.9.0/torch/distributed/fsdp/_flat_param.py
+Area: Training
+Issue: https://github.com/pytorch/pytorch/blob/v2.9.0/torch/distributed/fsdp/_flat_param.py
+Can be removed when: FSDP1 keeps its sharded parameters right when a module is cast.
 """
 
 from __future__ import annotations

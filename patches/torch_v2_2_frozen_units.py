@@ -1,6 +1,8 @@
-"""Lets FSDP1 free a frozen unit before it gathers the next one, of which it keeps two, or a whole decoder's.
+"""Lets FSDP1 free a frozen unit before it gathers the next, instead of keeping two or a full decoder.
 
-Upstream: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/fsdp/_runtime_utils.py
+Area: Training
+Issue: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/fsdp/_runtime_utils.py
+Can be removed when: FSDP1 frees frozen units in the backward pass as it frees trained ones.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Gives every rank the same norm of the replicated gradients, which FSDP1 sums up in the order of a set.
+"""Gives every rank the same norm of the replicated gradients, which FSDP1 adds in the order of a set.
 
-Upstream: https://github.com/pytorch/pytorch/blob/v2.5.0/torch/distributed/fsdp/fully_sharded_data_parallel.py
+Area: Training
+Issue: https://github.com/pytorch/pytorch/blob/v2.5.0/torch/distributed/fsdp/fully_sharded_data_parallel.py
+Can be removed when: no torch release before 2.5 is supported any more.
 """
 
 from __future__ import annotations

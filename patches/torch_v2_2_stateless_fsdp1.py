@@ -1,6 +1,8 @@
-"""Resumes under FSDP1 from optimizers whose state is no tensor, such as the step of Adafactor, or that keep none.
+"""Resumes FSDP1 runs whose optimizer keeps no state, or state that is no tensor, such as Adafactor's step.
 
-Upstream: https://github.com/pytorch/pytorch/blob/v2.9.0/torch/distributed/fsdp/_optim_utils.py
+Area: Resuming
+Issue: https://github.com/pytorch/pytorch/blob/v2.9.0/torch/distributed/fsdp/_optim_utils.py
+Can be removed when: FSDP1 loads full optimizer states that are empty or no plain tensors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Resumes under FSDP2 from full state dicts of optimizers whose state is quantized tensors, or that keep none.
+"""Resumes FSDP2 runs from full state dicts of optimizers whose state is empty or quantized.
 
-Upstream: https://github.com/pytorch/pytorch/blob/v2.9.0/torch/distributed/checkpoint/state_dict.py
+Area: Resuming
+Issue: https://github.com/pytorch/pytorch/blob/v2.9.0/torch/distributed/checkpoint/state_dict.py
+Can be removed when: torch loads full optimizer states that are empty or tensor subclasses.
 """
 
 from __future__ import annotations

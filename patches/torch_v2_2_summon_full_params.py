@@ -1,6 +1,8 @@
-"""Leaves the frozen base as it is where FSDP1's `summon_full_params` has a forward inside, as for `generate()`.
+"""Keeps the frozen base unchanged where a forward runs inside FSDP1's `summon_full_params`, as `generate()` needs it.
 
-Upstream: https://github.com/huggingface/transformers/issues/34530
+Area: Training
+Issue: https://github.com/huggingface/transformers/issues/34530
+Can be removed when: FSDP1 supports or refuses a forward inside `summon_full_params`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Writes the file of an adapter that transformers added beside the old one, reads it back, and then renames it.
+"""Writes the file of an `add_adapter` adapter next to the old one, reads it back, and then renames it.
 
-Upstream: https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/modeling_utils.py
+Area: Saving
+Issue: https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/modeling_utils.py
+Can be removed when: transformers writes the adapter file under another name and renames it.
 """
 
 from __future__ import annotations

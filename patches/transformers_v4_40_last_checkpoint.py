@@ -1,6 +1,8 @@
-"""Skips checkpoints whose writer was killed where a run resumes from the last one, and names them.
+"""Skips checkpoints whose writer was killed when a run resumes from the last one, and names them.
 
-Upstream: https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/trainer_utils.py
+Area: Resuming
+Issue: https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/trainer_utils.py
+Can be removed when: transformers resumes from complete checkpoints only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Saves an adapter that transformers added from the tensors that FSDP gathered, and not from one rank's model.
+"""Saves an `add_adapter` adapter from the tensors that FSDP gathered, instead of from the model on one rank.
 
-Upstream: https://github.com/huggingface/transformers/blob/v4.50.0/src/transformers/modeling_utils.py
+Area: Saving
+Issue: https://github.com/huggingface/transformers/blob/v4.50.0/src/transformers/modeling_utils.py
+Can be removed when: no transformers release before 4.50 is supported any more.
 """
 
 from __future__ import annotations

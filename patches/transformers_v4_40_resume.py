@@ -1,6 +1,8 @@
 """Resumes from checkpoints with rank 0's adapter on every rank, and with the state of a sharded optimizer.
 
-Upstream: https://github.com/huggingface/accelerate/pull/3904
+Area: Resuming
+Issue: https://github.com/huggingface/accelerate/pull/3904
+Can be removed when: the Trainer loads the adapter and a sharded optimizer's state on every rank.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Writes the adapter file under SHARDED_STATE_DICT too, FSDP2's default until transformers 5.10.
 
-Upstream: https://github.com/huggingface/transformers/issues/30491
+Area: Saving
+Issue: https://github.com/huggingface/transformers/issues/30491
+Can be removed when: the Trainer writes an adapter file under SHARDED_STATE_DICT, in every supported release.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Notes which Trainer looks for its last checkpoint, so that all of its ranks take the same one.
 
-Upstream: https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/trainer.py
+Area: Resuming
+Issue: https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/trainer.py
+Can be removed when: no transformers release before 5.0 is supported any more.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Plans what FSDP shards and what stays replicated, before the Trainer's model is wrapped.
 
-Upstream: https://github.com/huggingface/peft/issues/2407
+Area: Start-up
+Issue: https://github.com/huggingface/peft/issues/2407
+Can be removed when: upstream shards the base and replicates the adapter, under FSDP1 and FSDP2.
 """
 
 from __future__ import annotations

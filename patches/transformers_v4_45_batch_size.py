@@ -1,6 +1,8 @@
-"""Lets `auto_find_batch_size` go on after an out-of-memory error, on all ranks, or says that one alone ran out.
+"""Lets `auto_find_batch_size` continue on all ranks after an out-of-memory error, or names the only rank that had one.
 
-Upstream: https://github.com/huggingface/transformers/issues/34113
+Area: Training
+Issue: https://github.com/huggingface/transformers/issues/34113
+Can be removed when: transformers retries on all ranks together after one has run out of memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Prepares a model for training where it is evaluated first, after which `train()` had no optimizer.
+"""Prepares a model for training where it is evaluated first, so that `train()` has an optimizer.
 
-Upstream: https://github.com/huggingface/transformers/issues/39961
+Area: Start-up
+Issue: https://github.com/huggingface/transformers/issues/39961
+Can be removed when: no transformers release before 5.3 is supported any more.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Keeps the number of ranks out of losses that ignore the Trainer's count of tokens, or do so in part.
+"""Keeps the number of ranks out of losses that ignore the Trainer's count of tokens, fully or in part.
 
-Upstream: https://github.com/huggingface/transformers/blob/v4.46.2/src/transformers/trainer.py
+Area: Training
+Issue: https://github.com/huggingface/transformers/blob/v4.46.2/src/transformers/trainer.py
+Can be removed when: the Trainer scales only losses that use its count of tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Leaves FSDP1's units in a model that is trained again, by `auto_find_batch_size` or by a second `train()`.
+"""Keeps FSDP1's units in a model that is trained again, by `auto_find_batch_size` or a second `train()`.
 
-Upstream: https://github.com/huggingface/transformers/issues/34113
+Area: Training
+Issue: https://github.com/huggingface/transformers/issues/34113
+Can be removed when: transformers keeps FSDP1's units, or restores the parameters that it unwraps.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Notes which Trainer looks for its last checkpoint, so that all of its ranks take the same one.
 
-Upstream: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/trainer.py
+Area: Resuming
+Issue: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/trainer.py
+Can be removed when: the ranks of a Trainer agree on the last checkpoint.
 """
 
 from __future__ import annotations

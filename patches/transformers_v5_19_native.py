@@ -1,6 +1,8 @@
-"""Averages an adapter beside a natively sharded base in one all-reduce, and not tensor by tensor.
+"""Averages an adapter next to a natively sharded base in one all-reduce, instead of tensor by tensor.
 
-Upstream: https://github.com/huggingface/transformers/pull/48873
+Area: Training
+Issue: https://github.com/huggingface/transformers/pull/48873
+Can be removed when: transformers averages such an adapter in buckets.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figures of the README that a benchmark counts: the page against a fresh count."""
+"""Figures of docs/measured.md that a benchmark counts: the page against a fresh count."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ STEP = load("adapter_step")
 )
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 @pytest.mark.parametrize("configure", STEP.NAMES, ids=STEP.NAMES.get)
-def test_the_counts_of_a_step_and_of_a_save_are_those_of_the_readme(
+def test_the_counts_of_a_step_and_of_a_save_are_those_of_the_page(
     monkeypatch: pytest.MonkeyPatch, configure: Any, fsdp: int
 ) -> None:
     monkeypatch.setattr(STEP, "STEPS", 2)
     fresh = STEP.row(configure, fsdp, STEP.compare(configure, fsdp, repeat=1))
-    [line] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {fresh[0]} |")]
+    [line] = [
+        line for line in (ROOT / "docs" / "measured.md").read_text().splitlines() if line.startswith(f"| {fresh[0]} |")
+    ]
     written = [cell.strip() for cell in line.strip("|").split("|")]
     exact = [0, *(place for place, name in enumerate(STEP.COLUMNS, 1) if name != "seconds")]
     assert [written[place] for place in exact] == [fresh[place] for place in exact]

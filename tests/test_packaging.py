@@ -120,10 +120,3 @@ def test_setup_cfg_lists_what_is_on_disk() -> None:
     assert not [path for path in (ROOT / "patches").iterdir() if path.is_dir() and path.name != "__pycache__"]
     modules = {path.stem for path in (ROOT / "patches").glob("*.py")} - {"__init__"}
     assert {path.stem.removeprefix("test_") for path in (ROOT / "tests/patches").glob("test_*.py")} == modules
-
-
-def test_readme_lists_the_patches_as_declared() -> None:
-    import trainer_fsdp_patch
-    from trainer_fsdp_patch import cli
-
-    assert cli.markdown(trainer_fsdp_patch.status()) in (ROOT / "README.md").read_text()

@@ -28,7 +28,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def make(name: str, version: str = "2.0", parameters: tuple[str, ...] = ("value",), **settings: Any) -> Any:
         module = types.ModuleType(f"trainer_fsdp_patch.patches.{name}")
-        module.__doc__ = "Doubles it.\n\nUpstream: https://example.org/1"
+        module.__doc__ = "Doubles it.\n\nArea: Training\nIssue: https://example.org/1"
         monkeypatch.setitem(sys.modules, module.__name__, module)
         target: Any = types.ModuleType("upstream_of_tests")
         target.function = eval("lambda value: value", {"__name__": "upstream_of_tests"})

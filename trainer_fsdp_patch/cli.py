@@ -16,6 +16,37 @@ from trainer_fsdp_patch.errors import message
 if TYPE_CHECKING:
     from trainer_fsdp_patch.patching.registry import Status
 
+PAGE = """# Patches
+
+The {count} patches are grouped by when they act.
+A patch is applied only where its range of releases holds for what is installed.
+`python -m trainer_fsdp_patch status` prints the state of each patch with your versions.
+`{disable}=NAME,NAME` leaves patches out, and `*` leaves out all.
+This page is what `python -m trainer_fsdp_patch status --markdown` prints, from the declarations.
+"""
+"""Head of docs/patches.md."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command with its arguments."""
+    program = argparse.ArgumentParser(prog="python -m trainer_fsdp_patch", description=__doc__)
+    commands = program.add_subparsers(dest="command", required=True)
+    commands.add_parser("check", help="train a tiny VeRA on two ranks, stock and patched, beside one process")
+    status = commands.add_parser("status", help="which patches concern what is installed")
+    form = status.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print docs/patches.md")
+    verify = commands.add_parser("verify", help="whether an adapter file or a checkpoint is alive")
+    verify.add_argument("path", type=Path, help="adapter file, its folder, or a Trainer's checkpoint")
+    verify.add_argument("--json", action="store_true", help="print JSON")
+    repair = commands.add_parser("repair", help="write a mended copy of an adapter, and say what cannot be mended")
+    repair.add_argument("path", type=Path, help="adapter file, its folder, or a Trainer's checkpoint")
+    repair.add_argument("--out", type=Path, required=True, help="folder for the copy")
+    repair.add_argument("--config", type=Path, help="adapter_config.json for an adapter that lacks its own")
+    seams = commands.add_parser("seams", help="for maintainers: what moved since the newest tested releases")
+    seams.add_argument("--record", action="store_true", help="write the installed releases as the tested ones")
+    return program
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -27,23 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: of `check`, 0 only if every patched cell is right; of `verify` and `repair`, 0 only if
         nothing is wrong, with the file or with its copy.
     """
-    parser = argparse.ArgumentParser(prog="python -m trainer_fsdp_patch", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="train a tiny VeRA on two ranks, stock and patched, beside one process")
-    status = commands.add_parser("status", help="which patches concern what is installed")
-    form = status.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON")
-    form.add_argument("--markdown", action="store_true", help="print the README's table")
-    verify = commands.add_parser("verify", help="whether an adapter file or a checkpoint is alive")
-    verify.add_argument("path", type=Path, help="adapter file, its folder, or a Trainer's checkpoint")
-    verify.add_argument("--json", action="store_true", help="print JSON")
-    repair = commands.add_parser("repair", help="write a mended copy of an adapter, and say what cannot be mended")
-    repair.add_argument("path", type=Path, help="adapter file, its folder, or a Trainer's checkpoint")
-    repair.add_argument("--out", type=Path, required=True, help="folder for the copy")
-    repair.add_argument("--config", type=Path, help="adapter_config.json for an adapter that lacks its own")
-    seams = commands.add_parser("seams", help="for maintainers: what moved since the newest tested releases")
-    seams.add_argument("--record", action="store_true", help="write the installed releases as the tested ones")
-    given = parser.parse_args(argv)
+    given = parser().parse_args(argv)
     if given.command in ("verify", "repair"):
         return _saved(given)
     if given.command in ("check", "seams") and _missing():
@@ -152,9 +167,30 @@ def _status(*, as_json: bool) -> int:
 
 
 def markdown(states: Sequence[Status]) -> str:
-    """README's table of patches, from their declarations."""
-    rows = ["| patch | repairs releases | effect | upstream |", "| --- | --- | --- | --- |"]
-    for state in states:
-        fixed = f", fixed in {state.fixed_in}" if state.fixed_in else ""
-        rows.append(f"| `{state.name}` | `{state.versions}`{fixed} | {state.effect} | [link]({state.upstream}) |")
-    return "\n".join(rows) + "\n"
+    """docs/patches.md, from the declarations of the patches."""
+    from trainer_fsdp_patch.patching import registry
+
+    parts = [PAGE.format(count=len(states), disable=registry.DISABLE)]
+    for area in registry.AREAS:
+        parts += [f"## {area}\n", *(_entry(state, registry.DISABLE) for state in states if state.area == area)]
+    return "\n".join(parts)
+
+
+def _entry(state: Status, disable: str) -> str:
+    """A patch of the page."""
+    return f"""### [`{state.name}`](../patches/{state.name}.py)
+
+{state.effect}
+
+- Repairs: `{state.versions}`
+- Issue: [{_label(state.issue)}]({state.issue})
+- Fixed in: {state.fixed_in or "not yet"}
+- Can be removed when: {state.removal}
+- Off: `{disable}={state.name}`
+"""
+
+
+def _label(address: str) -> str:
+    """Short name of an address on GitHub: `peft#2407`, or the file of a release."""
+    _, _, _, _, project, kind, *rest = address.split("/")
+    return f"{rest[-1]} of {project} {rest[0]}" if kind == "blob" else f"{project}#{rest[0]}"

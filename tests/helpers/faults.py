@@ -72,7 +72,7 @@ def canary(name: str) -> None:
     trainer_fsdp_patch.unpatch()
     for parent, attribute, original in before:
         assert vars(parent)[attribute] is original
-    assert patch.upstream.startswith("https://")
+    assert patch.issue.startswith("https://")
     assert patch.effect.endswith(".")
 
 

@@ -95,7 +95,7 @@ def table(results: list[dict[str, Any]]) -> int:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """README's table: how many scenarios of each stack are right."""
+    """docs/measured.md's table: how many scenarios of each stack are right."""
     head = " | ".join(PACKAGES[:4])
     rows = [f"| {head} | scenarios | stock right | patched right |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for result in results:
@@ -113,7 +113,9 @@ def main() -> int:
     parser.add_argument("--no-stock", action="store_true", help="leave the unpatched side out")
     parser.add_argument("--json", help="write the result to this file")
     parser.add_argument("--table", nargs="+", help="print results of earlier runs instead")
-    parser.add_argument("--record", type=Path, help="with --table, write them to one file, and print README's table")
+    parser.add_argument(
+        "--record", type=Path, help="with --table, write them to one file, and print the table of docs/measured.md"
+    )
     given = parser.parse_args()
     if given.table:
         results = [json.loads(Path(path).read_text()) for path in given.table]

@@ -23,6 +23,9 @@ logger = logging.getLogger("trainer_fsdp_patch")
 
 PACKAGE = "trainer_fsdp_patch.patches"
 
+AREAS = ("Start-up", "Training", "Saving", "Resuming")
+LINES = ("Area", "Issue", "Can be removed when")
+
 NEWER = "{} is newer than {}, the newest release tested"
 UNUSED, WAITING, APPLIED, SKIPPED, FAILED = "unused", "waiting", "applied", "skipped", "failed"
 
@@ -39,7 +42,9 @@ class Status:
         versions: range of releases that the patch repairs.
         fixed_in: upstream release that made it unnecessary, or "".
         effect: what the patch does.
-        upstream: address of the upstream source or issue.
+        area: when it acts, one of `AREAS`.
+        issue: address of the upstream issue, pull request or source.
+        removal: what must be true before the patch can be removed.
         foreign: modules of other packages that have wrapped or replaced a seam, or "".
         late: classes of models that FSDP had wrapped already when `patch()` came, or "".
     """
@@ -50,7 +55,9 @@ class Status:
     versions: str
     fixed_in: str
     effect: str
-    upstream: str
+    area: str
+    issue: str
+    removal: str
     foreign: str
     late: str
 
@@ -59,8 +66,8 @@ class Patch:
     """Declaration of one patch, made once at the top of its module.
 
     Args:
-        module: `__name__` of the patch module; its docstring gives the effect and, behind
-            `Upstream: `, the address of the source or issue.
+        module: `__name__` of the patch module; its docstring gives the effect, and the lines `Area: `, `Issue: ` and
+            `Can be removed when: `.
         versions: PEP 440 range of the releases that have the fault, such as
             `accelerate>=1.6.dev0,<1.15.dev0`; the one declaration of that range.
         target: module to wait for; never imported by us.
@@ -90,7 +97,8 @@ class Patch:
         self.needs, self.alongside, self.vital, self.witness = needs, alongside, vital, witness
         documentation = (sys.modules[module].__doc__ or "").strip()
         self.effect = documentation.split("\n", 1)[0]
-        self.upstream = documentation.partition("Upstream: ")[2].split("\n", 1)[0].strip()
+        lines = dict(line.partition(": ")[::2] for line in documentation.splitlines())
+        self.area, self.issue, self.removal = (lines.get(name, "") for name in LINES)
         self.seams: list[wrapping.Seam] = []
         self.state, self.reason = UNUSED, ""
         self.wanted = self.hooked = self.strict = False
@@ -149,17 +157,8 @@ class Patch:
         if any(others):
             state, reason = FAILED, f"{next(filter(None, others))} replaced a seam after us"
         foreign = ", ".join(sorted({seam.foreign for seam in self.seams} - {""}))
-        return Status(
-            self.name,
-            state,
-            reason,
-            self.versions,
-            self.fixed_in or "",
-            self.effect,
-            self.upstream,
-            foreign,
-            self.late if state == APPLIED else "",
-        )
+        declared = self.versions, self.fixed_in or "", self.effect, self.area, self.issue, self.removal
+        return Status(self.name, state, reason, *declared, foreign, self.late if state == APPLIED else "")
 
 
 @functools.cache
