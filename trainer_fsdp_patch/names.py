@@ -29,6 +29,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     while True:
+        # Compiled models are known by a child. Their class is in torch._dynamo, which takes seconds to import.
         if "_orig_mod" in getattr(model, "_modules", ()):
             model = cast("nn.Module", model._orig_mod)
         elif isinstance(model, (FullyShardedDataParallel, DistributedDataParallel, DataParallel)):

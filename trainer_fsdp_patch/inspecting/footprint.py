@@ -145,7 +145,7 @@ class FlatUnit(Unit):
         return int(self.owner.world_size) if self.owner.uses_sharded_strategy else 1
 
     def shards(self) -> dict[str, int]:
-        # A rank holds one slice of them all; an even share of each is what does not depend on their order.
+        # A rank holds one slice of them all. An even share of each, rounded up, does not depend on their order.
         size = self.owner.flat_param.element_size()
         return {name: -(-count // self.ranks) * size for name, count in self.elements.items()}
 

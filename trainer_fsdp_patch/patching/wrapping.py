@@ -73,11 +73,13 @@ class PatchWrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
         place: str = "",
     ) -> None:
         super().__init__(wrapped, wrapper, enabled=enabled)
+        # wrapt keeps what is named `_self_...` on the wrapper, and passes all other attributes to the function.
         self._self_place, self._self_unbound = place, None
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         if instance is not None:
             return super().__get__(instance, owner)
+        # wrapt makes a new object at each look-up. Kept, it is one object, as the function itself would be.
         if self._self_unbound is None:
             self._self_unbound = super().__get__(None, owner)
         return self._self_unbound

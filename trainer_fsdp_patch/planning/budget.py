@@ -117,6 +117,8 @@ def cannot_shard(
         copies: names of the parameters of whole modules that are trained, as modules_to_save has them.
     """
     barred = {}
+    # The largest tensor of a unit comes first and sets the dtype of that unit: `setdefault` keeps the first one.
+    # The order of the conditions matters. A tensor that is barred for another reason sets no dtype.
     dtypes: dict[str, str] = {}
     for tensor in sorted((item for item in tensors if item.role == ADAPTER), key=cost, reverse=True):
         unit = min(units[tensor.name])

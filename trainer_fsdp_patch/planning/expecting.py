@@ -130,6 +130,7 @@ def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
 
 def _share(plan: Plan, tensor: TensorInfo, ranks: int, *, padded: bool) -> int:
     """Bytes of a rank's part of a sharded tensor: rows of it under FSDP2, which keeps as many on each rank."""
+    # `-(-a // b)` rounds up, here and below: FSDP pads to a multiple of the ranks.
     stored = _kept(plan, tensor)
     elements = tensor.nbytes // _itemsize(tensor)
     if plan.fsdp_version == 2:

@@ -133,6 +133,7 @@ def _differing(tensors: list[torch.Tensor], device: torch.device) -> list[int]:
     import torch
     import torch.distributed as dist
 
+    # The first number says whether a rank has the tensor. Its smallest is zero where one has it on meta.
     absent, present = torch.zeros(3, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.int64, device=device)
     high = torch.stack(
         [absent if tensor.is_meta else torch.cat([present, bits.fingerprint(tensor).to(device)]) for tensor in tensors]

@@ -280,6 +280,9 @@ def _ignored(prepared: Prepared) -> list[nn.Module]:
         if held and known.issuperset(held):
             whole.append(module)
     covered = {id(tensor) for module in whole for tensor in (*module.parameters(), *module.buffers())}
+    # What is left shares its modules with base weights, which FSDP1 would ignore with them.
+    # It is given in a module that is nobody's child: FSDP1 reads from it which tensors to ignore, and no more.
+    # Names in it are numbers, for those of the model have dots.
     rest = nn.Module()
     for index, tensor in enumerate(prepared.tensors):
         if id(tensor) in covered:

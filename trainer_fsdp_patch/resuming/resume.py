@@ -87,7 +87,7 @@ def names(model: nn.Module, live: dict[str, torch.Tensor], *, as_peft: bool) -> 
     if not as_peft:
         return live
     bare = unwrap(model)
-    # peft may hand out detached tensors, which share the memory of the live one.
+    # peft may hand out detached tensors, which share the memory of the live one: their address tells which it is.
     here = {_storage_key(tensor): tensor for tensor in live.values()}
     active = getattr(bare, "active_adapter", None)
     written = adapter_state.keys(bare, live).get(str(active[0] if isinstance(active, list) else active), {})

@@ -130,6 +130,7 @@ def compare(case: Outcome, reference: Outcome, setup: Setup) -> Verdict:
     ]
     broken = next((verdict for verdict in errors if verdict.error), None)
     worst = max(errors, key=lambda verdict: verdict.worst).worst
+    # Negated, for NaN is below nothing.
     if broken is None and not worst <= setup.tolerance:
         return Verdict(f"off by {worst:.1e} of the update", worst)
     taken = footprint.fault(case.footprint, case.planned, None) if case.footprint else ""
@@ -149,4 +150,5 @@ def _error(key: str, before: torch.Tensor, wanted: torch.Tensor, ours: torch.Ten
     update, difference = (float((wanted.double() - other.double()).norm()) for other in (before, ours))
     if update == 0:
         return Verdict(f"{key} is frozen and was changed" if difference else "", difference)
+    # NaN is not equal to itself.
     return Verdict("", difference / update if difference == difference else float("inf"))

@@ -42,6 +42,7 @@ def bridge(arguments: TrainingArguments) -> None:
     PartialState._shared_state["device"] = torch.device("cpu")
     for name in _CONFIGS:
         config = getattr(fsdp1, name)
+        # The name is the mark of a class that is done already.
         if config.__setattr__.__name__ != _never_offloaded.__name__:
             config.__setattr__ = _never_offloaded(config.__setattr__)
 

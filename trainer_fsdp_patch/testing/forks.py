@@ -107,6 +107,7 @@ def _child(
     code = int(bool(outcome.error))
     Path(f"{path}.part").write_bytes(pickle.dumps(outcome))
     os.replace(f"{path}.part", path)
+    # Without the handlers of the parent, which may wait for threads that a fork has not.
     os._exit(code)
 
 

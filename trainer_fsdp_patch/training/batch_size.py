@@ -101,6 +101,7 @@ def _recover(trainer: Trainer) -> None:
     for module in model.modules():
         # Neither version knows its root before the first forward.
         if isinstance(module, FullyShardedDataParallel):
+            # An exception has kept autograd from ending the pass: this is how it would have.
             if module._is_root:
                 _runtime_utils._post_backward_final_callback(module, module)
         elif getattr(footprint.state_of(module), "_is_root", False):

@@ -61,6 +61,7 @@ def _read_group(group: FSDPParamGroup) -> None:
     cast = [
         item for item in group.fsdp_params if getattr(item, "orig_dtype", None) not in (None, item.sharded_param.dtype)
     ]
+    # FSDP2 makes both anew in its next all-gather, of the dtype that it reads now.
     for item in cast:
         item.all_gather_outputs = []
         vars(item).pop("_unsharded_param", None)

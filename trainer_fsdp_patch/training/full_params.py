@@ -63,6 +63,7 @@ def _kept_whole(context: contextlib.AbstractContextManager[None], module: nn.Mod
                     if "generate" in vars(unit):
                         # It gathers the root's parameters, which are here, by a forward of the root.
                         ours["generate"] = cast("Callable[..., object]", unit._fsdp_wrapped_module.generate)
+                    # On the instances: units of other models have the same classes.
                     stack.enter_context(shadowed(unit, **ours))
                     stack.enter_context(shadowed(unit._handle, reshard=_stay_whole))
                 yield

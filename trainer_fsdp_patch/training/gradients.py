@@ -51,6 +51,7 @@ class Averaging:
         """Forget a pass that an exception has ended before autograd could call back."""
         import torch
 
+        # Minus one: no backward pass is running. In one, a checkpointed region computes its forward again.
         if torch._C._current_graph_task_id() == -1:
             self._queued, self._reached = False, None
 
@@ -75,6 +76,7 @@ class Averaging:
         import torch
 
         self._queued = True
+        # DDP and FSDP end their passes by this private call too; autograd has no public one.
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:

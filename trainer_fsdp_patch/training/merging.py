@@ -49,6 +49,7 @@ def _full_tensors(layer: nn.Module, prepared: Prepared) -> Iterator[None]:
                 with collectives.collective("gathering of a layer"):
                     whole = parameter.full_tensor().detach()
                 held.append((module, key, parameter, torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)))
+    # Put in place once all are gathered: a collective that fails leaves the layer as it was.
     for module, key, _, whole in held:
         module._parameters[key] = whole
     try:
