@@ -17,7 +17,12 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes, NaNs included."""
+    """Whether two tensors have the same dtype, shape and bytes, NaNs included.
+
+    Args:
+        one: any dtype and device.
+        other: on the same device.
+    """
     import torch
 
     if (one.dtype, one.shape) != (other.dtype, other.shape):

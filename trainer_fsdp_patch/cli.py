@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments behind the program's name; None takes those of the process.
 
     Returns:
-        The exit code: of `check`, 0 only if every patched cell is right; of `verify` and `repair`, 0 only if
-        nothing is wrong, with the file or with its copy.
+        The exit code. That of `check` is 0 only if every patched cell is right. That of `verify` is 0 only if nothing
+        is wrong with the file, that of `repair` with its copy.
     """
     parser = argparse.ArgumentParser(prog="python -m trainer_fsdp_patch", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -176,8 +176,8 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
 def average_gradients(parameters: Sequence[torch.nn.Parameter], groups: Sequence[ProcessGroup | None]) -> int:
     """Average the gradients of replicated parameters over the data-parallel ranks, in place.
 
-    A parameter without a gradient on this rank counts as zero where another rank has one, so that
-    all ranks pass the same collectives and then step alike. Averages stay put when averaged again.
+    A parameter without a gradient on this rank counts as zero where another rank has one. So all ranks pass the same
+    collectives, and step alike. Averages stay put when averaged again.
 
     Args:
         parameters: replicated parameters, the same on all ranks and in the same order.

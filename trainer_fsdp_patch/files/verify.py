@@ -181,7 +181,7 @@ def _values(tensors: dict[str, torch.Tensor]) -> Iterator[Fault]:
 
 
 def one_rank(tensors: dict[str, torch.Tensor]) -> Iterator[Fault]:
-    """Matrices of which one rank's rows have values and all others are zero."""
+    """Matrices that have values in the rows of one rank, and zeros in all others."""
     shards = {key: shard for key, tensor in tensors.items() if (shard := _shard(tensor))}
     if shards:
         key, (rank, ranks) = next(iter(shards.items()))
@@ -253,8 +253,8 @@ def incomplete(folder: Path) -> list[str]:
 def unfinished(folder: Path) -> list[str]:
     """Signs that a checkpoint's writer was killed, or that a file was cut.
 
-    A Trainer writes its state last. Where that is whole, what is absent beside it was removed by somebody who needs the
-    space, and upstream resumes without it.
+    A Trainer writes its state last. Where that is complete, what is absent next to it was removed by somebody who needs
+    the space. Upstream resumes without it.
     """
     lacks = []
     try:
@@ -277,7 +277,7 @@ def unfinished(folder: Path) -> list[str]:
 
 
 def _fsdp_parts(folder: Path) -> tuple[bool, bool]:
-    """Whether a checkpoint has a whole model part of FSDP, and whether it has parts that come with one."""
+    """Whether a checkpoint has a complete model part of FSDP, and whether it has parts that come with one."""
     model = (folder / reading.FSDP_FULL).is_file() or (folder / reading.FSDP_SHARDED / ".metadata").is_file()
     return model, any((folder / name).exists() for name in (reading.FSDP_SHARDED, "optimizer_0", "optimizer.bin"))
 

@@ -58,8 +58,8 @@ class BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[misc]
 class PatchWrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
     """Our wrapper, told from anybody else's by its type.
 
-    Functions are one object for all who look them up, are copied as themselves and are pickled by name: datasets
-    hashes them, Ray and multiprocessing send them. wrapt's wrappers are and do none of that.
+    Functions are one object for all who look them up, are copied as themselves and are pickled by name. datasets hashes
+    them; Ray and multiprocessing send them. wrapt's wrappers are and do none of that.
     """
 
     __bound_function_wrapper__ = BoundWrapper
@@ -139,7 +139,7 @@ class Seam:
     _entry: tuple[object, str, object] | None = field(default=None, repr=False)
 
     def is_active(self, turn: int) -> bool:
-        """Whether the wrapper that was put on at that turn is to act; a gate that is shut needs no call to be seen."""
+        """Whether the wrapper that was put on at that turn is to act. A gate that is shut needs no call to be seen."""
         return self.live and turn == self._turn and not self._shut() and self.enabled()
 
     def call(self, wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
@@ -164,6 +164,10 @@ class Seam:
 def resolve(module: ModuleType, path: str) -> tuple[object, str, Any]:
     """Parent, attribute name and raw attribute (a staticmethod stays one) of a dotted path.
 
+    Args:
+        module: imported.
+        path: dotted path inside it.
+
     Raises:
         AttributeError: the module has no such path.
     """
@@ -173,6 +177,10 @@ def resolve(module: ModuleType, path: str) -> tuple[object, str, Any]:
 
 def check(module: ModuleType, seam: Seam) -> None:
     """Refuse a seam that is missing or that takes other parameters than the patch was written for.
+
+    Args:
+        module: imported.
+        seam: its `foreign` is set to who wrapped it before us.
 
     Raises:
         PatchError: with what was found in its place.
@@ -196,7 +204,12 @@ def check(module: ModuleType, seam: Seam) -> None:
 
 
 def stranger(function: object, module: ModuleType) -> str:
-    """Module of another package that put a function in place of, or around, one of `module`'s package, or ""."""
+    """Module of another package that put a function in place of, or around, one of `module`'s package, or "".
+
+    Args:
+        function: with the wrappers around it, ours and others.
+        module: whose package it should be of.
+    """
     known = {module.__name__.split(".")[0], "trainer_fsdp_patch", "torch", "safetensors", *sys.stdlib_module_names}
     while function is not None:
         for owner in () if type(function) is PatchWrapper else _owners(function):
@@ -215,7 +228,12 @@ def _owners(function: object) -> list[str]:
 
 
 def replaced(module: ModuleType, seam: Seam) -> str:
-    """Module that assigned over a live wrapper of ours, so that it is called no more, or ""."""
+    """Module that assigned over a live wrapper of ours, so that it is called no more, or "".
+
+    Args:
+        module: imported.
+        seam: of that module.
+    """
     if not seam.live:
         return ""
     try:
@@ -231,6 +249,10 @@ def replaced(module: ModuleType, seam: Seam) -> str:
 
 def apply(module: ModuleType, seams: Iterable[Seam]) -> None:
     """Wrap every seam, or leave all of them as they were.
+
+    Args:
+        module: imported.
+        seams: those that are live already stay.
 
     Raises:
         PatchError: a seam is missing or has another signature.
@@ -265,6 +287,10 @@ def _write(module: ModuleType, seam: Seam) -> None:
 def wrap_again(module: ModuleType, seam: Seam) -> None:
     """Wrap what somebody has put in the place of a live wrapper of ours, which they may still call inside.
 
+    Args:
+        module: imported.
+        seam: a live one.
+
     Raises:
         PatchError: theirs takes other parameters than the patch was written for.
     """
@@ -283,7 +309,11 @@ def _carries(function: object, wrapper: PatchWrapper | None) -> bool:
 
 
 def undo(seams: Iterable[Seam]) -> None:
-    """Put back the raw attributes; where somebody wrapped on top of us, go silent and leave theirs."""
+    """Put back the raw attributes; where somebody wrapped on top of us, go silent and leave theirs.
+
+    Args:
+        seams: in the order in which they were applied.
+    """
     for seam in reversed(list(seams)):
         seam.live = False
         if seam._entry is None:

@@ -22,8 +22,8 @@ logger = logging.getLogger("trainer_fsdp_patch")
 def synchronize(prepared: Prepared, accelerator: Accelerator) -> None:
     """Give every rank rank 0's bits of each tensor of the base that differs, as DDP does.
 
-    An initialization of the adapter that alters the base, such as PiSSA's, draws random numbers, and each rank
-    draws others unless a seed was set. Each rank would then shard a base of its own.
+    An initialization of the adapter that alters the base, such as PiSSA's, draws random numbers. Each rank draws others
+    unless a seed was set. Each rank would then shard a base of its own.
 
     Args:
         prepared: a model whose ranks have agreed on the adapter.
@@ -83,7 +83,7 @@ def _frozen(prepared: Prepared, by_fsdp: bool) -> list[tuple[str, torch.Tensor]]
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A tensor, or what it is made of; and the statistics that quantizers keep beside packed numbers."""
+    """A tensor, or what it is made of; and the statistics that quantizers keep next to packed numbers."""
     import torch
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -106,7 +106,7 @@ def _parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _refuse_other_tensors(named: list[tuple[str, torch.Tensor]]) -> None:
-    """Refuse bases of which one rank has other tensors; the lists are exchanged only where they differ.
+    """Refuse bases that have other tensors on one rank; the lists are exchanged only where they differ.
 
     Raises:
         AdapterError: on all ranks, naming the first tensor.

@@ -29,7 +29,11 @@ _POLICY = "_trainer_fsdp_patch_policy"
 
 
 def version_of(plugin: FullyShardedDataParallelPlugin) -> int:
-    """FSDP's version."""
+    """FSDP's version.
+
+    Args:
+        plugin: accelerate's FullyShardedDataParallelPlugin.
+    """
     # until accelerate 1.6: it knows the first one only
     return int(getattr(plugin, "fsdp_version", 1))
 
@@ -67,7 +71,12 @@ def warn_of_flag(plugin: FullyShardedDataParallelPlugin, config: dict[str, objec
 
 
 def explicit_policy(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> Policy | None:
-    """The plugin's mixed-precision policy where a user gave it, or None where accelerate or we made it."""
+    """The plugin's mixed-precision policy where a user gave it, or None where accelerate or we made it.
+
+    Args:
+        accelerator: its `mixed_precision` says which policy accelerate makes by itself.
+        plugin: accelerate's FullyShardedDataParallelPlugin.
+    """
     policy: Policy | None = plugin.mixed_precision_policy
     if policy is None or policy is getattr(plugin, _POLICY, None):
         return None
@@ -81,13 +90,21 @@ def explicit_policy(accelerator: Accelerator, plugin: FullyShardedDataParallelPl
 
 
 def user_ignored(plugin: FullyShardedDataParallelPlugin) -> str | Iterable[nn.Module] | None:
-    """The user's ignored modules, also after we have put ours beside them."""
+    """The user's ignored modules, also after we have put ours next to them.
+
+    Args:
+        plugin: accelerate's FullyShardedDataParallelPlugin.
+    """
     ours, users = getattr(plugin, _IGNORED, (None, None))
     return users if ours is not None and plugin.ignored_modules is ours else plugin.ignored_modules
 
 
 def unit_classes(plugin: FullyShardedDataParallelPlugin) -> Sequence[str] | None:
-    """Class names of the units; None for the model's own, and none at all where units go by size."""
+    """Class names of the units; None for the model's own, and none at all where units go by size.
+
+    Args:
+        plugin: accelerate's FullyShardedDataParallelPlugin.
+    """
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     given = _users_policy(plugin)
@@ -184,7 +201,13 @@ def shards(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> 
 
 
 def set_flags(prepared: Prepared, plugin: FullyShardedDataParallelPlugin, explicit: Policy | None) -> None:
-    """Dtypes and ignored modules on accelerate's plugin; FSDP1 takes the latter as modules."""
+    """Set dtypes and ignored modules on accelerate's plugin; FSDP1 takes the latter as modules.
+
+    Args:
+        prepared: record of the model, before FSDP wraps it.
+        plugin: accelerate's FullyShardedDataParallelPlugin; it is changed.
+        explicit: the user's own mixed-precision policy, which stays, or None.
+    """
     import torch
 
     plan = prepared.plan
@@ -222,7 +245,7 @@ def _name_units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> Non
 
 
 def _wrap_policy(prepared: Prepared, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Keep FSDP1's units by size to modules that can be units, and add those of whole modules that are trained."""
+    """Keep FSDP1's units by size to modules that can be units, and add those of full modules that are trained."""
     from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
     model, wanted = prepared.model(), set(prepared.sharded)
@@ -268,8 +291,8 @@ def _or_own(
 def _ignored(prepared: Prepared) -> list[nn.Module]:
     """Modules for FSDP1 to ignore: those that hold nothing else than what is ignored, and one for the rest.
 
-    FSDP1 ignores tensors by identity wherever they sit, but is told of them by modules; a module of
-    our own names those that share theirs with base weights.
+    FSDP1 ignores tensors by identity wherever they sit, but is told of them by modules. A module of our own names those
+    that share theirs with base weights.
     """
     from torch import nn
 

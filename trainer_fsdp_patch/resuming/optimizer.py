@@ -44,8 +44,8 @@ def load_full(
 ) -> object:
     """Read an optimizer's full checkpoint under FSDP2, whatever the optimizer keeps.
 
-    torch asks the tensors of the state for a device, of which plain SGD has none, and broadcasts quantized tensors
-    by an operation that they do not have.
+    torch asks the tensors of the state for a device, and plain SGD has none. It broadcasts quantized tensors by an
+    operation that they do not have.
 
     Args:
         upstream: torch's `set_optimizer_state_dict`; it is asked wherever there is state.

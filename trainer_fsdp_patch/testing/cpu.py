@@ -1,7 +1,7 @@
 """Lets CPU ranks train under FSDP through the Trainer, for `check` and for the tests.
 
 accelerate turns FSDP on for accelerators only. `bridge` makes it run over gloo, faithfully for everything that is
-Python, and `allow_packed_weights` has older releases of transformers load quantized bases there.
+Python. `allow_packed_weights` has older releases of transformers load quantized bases there.
 """
 
 from __future__ import annotations

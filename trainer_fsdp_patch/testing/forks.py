@@ -112,7 +112,12 @@ def _child(
 
 
 def failed(error: BaseException, outcome: Outcome) -> Outcome:
-    """The error in one line, beside what the run did before it."""
+    """The error in one line, next to what the run did before it.
+
+    Args:
+        error: what a rank raised.
+        outcome: what it had by then.
+    """
     first = (str(error).strip() or "no text").splitlines()[0]
     extra = {**outcome.extra, "traceback": "".join(traceback.format_exception(error))}
     return Outcome(error=f"{type(error).__name__}: {first}", footprint=outcome.footprint, extra=extra)

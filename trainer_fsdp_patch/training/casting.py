@@ -57,7 +57,7 @@ def _read_flat(handle: FlatParamHandle | None) -> None:
 
 
 def _read_group(group: FSDPParamGroup) -> None:
-    """The same for a group of FSDP2."""
+    """Have a group of FSDP2 read its dtypes again, and gather into new tensors."""
     cast = [
         item for item in group.fsdp_params if getattr(item, "orig_dtype", None) not in (None, item.sharded_param.dtype)
     ]

@@ -25,8 +25,8 @@ def summoned(
 ) -> contextlib.AbstractContextManager[None]:
     """Full parameters that a forward does not shard again.
 
-    FSDP1 writes what is summoned back at the end. A forward inside has sharded it by then, so that each rank
-    would write a slice of its own shard over the start of it.
+    FSDP1 writes what is summoned back at the end. A forward inside has sharded it by then. Each rank would write a
+    slice of its own shard over the start of it.
 
     Args:
         upstream: torch's `summon_full_params`.

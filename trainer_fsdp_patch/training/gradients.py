@@ -1,7 +1,8 @@
 """When the gradients of a replicated adapter are averaged: at the end of a backward pass, whoever calls it.
 
-As DDP does it, hooks see a pass begin and have autograd call back once it has ended: `loss.backward()`, several passes
-a step and a `.grad` that is read before the step all find averages. accelerate's flag says which passes synchronise.
+As DDP does it, hooks see a pass begin and have autograd call back once it has ended. So `loss.backward()`, several
+passes a step and a `.grad` that is read before the step all find averages. accelerate's flag says which passes
+synchronise.
 """
 
 from __future__ import annotations

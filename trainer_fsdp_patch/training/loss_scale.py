@@ -22,9 +22,9 @@ Result = TypeVar("Result")
 def compute_loss(upstream: Callable[..., Result], trainer: Trainer, arguments: dict[str, Any]) -> Result:
     """Divide the count that the model gets by the ranks, where upstream multiplies the loss that it gives by them.
 
-    Averaging gradients over the ranks divides them once more, so upstream makes up for a loss that was divided by the
-    count of all ranks. A loss or a part of one that ignores the count, such as a classifier's or an adapter's penalty,
-    must not be multiplied, and this way is not.
+    Averaging gradients over the ranks divides them once more. So upstream makes up for a loss that was divided by the
+    count of all ranks. A loss that ignores the count must not be multiplied, as a classifier's, nor a part of one, as
+    an adapter's penalty. This way neither is.
 
     Args:
         upstream: the Trainer's own, bound; it takes the arguments by name.

@@ -1,9 +1,9 @@
 """Lets FSDP1 free a frozen unit before it gathers the next one in the backward pass.
 
 FSDP1 frees a unit without trainable parameters when the gradients of its inputs are there, by hooks on these tensors.
-The output of one unit is the input of the next: the hook that gathers the earlier unit sits on the same tensor, came
-first and runs first, so that two are gathered at once. A tensor that many units read, as all layers of a decoder read
-what the encoder gave, has its gradient only when all of them are done, and all of them stay gathered until then.
+The output of one unit is the input of the next. The hook that gathers the earlier unit sits on the same tensor and came
+first. So it runs first, and two are gathered at once. All layers of a decoder read what the encoder gave. Such a tensor
+has its gradient only when all of them are done, and all of them stay gathered until then.
 """
 
 from __future__ import annotations
