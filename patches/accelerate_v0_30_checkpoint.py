@@ -1,4 +1,4 @@
-"""Writes and reads the whole adapter in resume checkpoints, of which each rank got what its shard holds.
+"""Writes and reads the full adapter in resume checkpoints, where each rank got what its shard holds.
 
 Upstream: https://github.com/huggingface/accelerate/pull/4206
 """

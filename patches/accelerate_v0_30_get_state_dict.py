@@ -1,4 +1,4 @@
-"""Gives a save the whole adapter without gathering the frozen base, or an error before a file is replaced.
+"""Gives a save the full adapter without gathering the frozen base, or an error before a file is replaced.
 
 Upstream: https://github.com/huggingface/accelerate/pull/4206
 """

@@ -1,4 +1,4 @@
-"""Keeps DDP away from a base that transformers sharded while it loaded it, and from the adapter beside it.
+"""Keeps DDP away from a base that transformers sharded while it loaded it, and from the adapter next to it.
 
 Upstream: https://github.com/huggingface/transformers/pull/48873
 """

@@ -1,4 +1,4 @@
-"""Writes and reads the whole adapter in resume checkpoints, which fail with 8-bit layers and lose FSDP1's.
+"""Writes and reads the full adapter in resume checkpoints, which fail with 8-bit layers and lose FSDP1's.
 
 Upstream: https://github.com/huggingface/accelerate/pull/4206
 """

@@ -1,4 +1,4 @@
-"""Writes and reads the whole adapter in resume checkpoints, where FSDP2 keeps rank 0's shard.
+"""Writes and reads the full adapter in resume checkpoints, where FSDP2 keeps rank 0's shard.
 
 Upstream: https://github.com/huggingface/accelerate/pull/4206
 """

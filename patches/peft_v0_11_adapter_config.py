@@ -1,4 +1,4 @@
-"""Writes an adapter's configuration whole or leaves the old one, without which its tensors do not load.
+"""Writes an adapter's configuration in full or leaves the old one, without which its tensors do not load.
 
 Upstream: https://github.com/huggingface/peft/blob/v0.20.0/src/peft/config.py
 """

@@ -1,4 +1,4 @@
-"""Writes the adapter file beside the old one, reads it back, and only then puts it in its place.
+"""Writes the adapter file next to the old one, reads it back, and only then puts it in its place.
 
 Upstream: https://github.com/huggingface/peft/blob/v0.20.0/src/peft/peft_model.py
 """

@@ -1,4 +1,4 @@
-"""Merges adapters into a base that FSDP has sharded, as for the weights that are handed to vLLM, and takes them out.
+"""Merges adapters into a base that FSDP has sharded, as for weights handed to vLLM, and takes them out.
 
 Upstream: https://github.com/huggingface/trl/issues/5975
 """

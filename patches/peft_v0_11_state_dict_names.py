@@ -1,4 +1,4 @@
-"""Finds an adapter by canonical names, in models and given state dicts, and gives it to one rank that asks alone.
+"""Finds an adapter by canonical names in models and state dicts, and gives it to one rank that asks alone.
 
 Upstream: https://github.com/huggingface/peft/pull/2681
 """

@@ -1,4 +1,4 @@
-"""Lets FSDP1 free a frozen unit before it gathers the next one, of which it keeps two, or a whole decoder's.
+"""Lets FSDP1 free a frozen unit before it gathers the next, where it keeps two, or a full decoder's.
 
 Upstream: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/fsdp/_runtime_utils.py
 """

@@ -1,4 +1,4 @@
-"""Writes the file of an adapter that transformers added beside the old one, reads it back, and then renames it.
+"""Writes the file of an adapter that transformers added next to the old one, reads it, and then renames it.
 
 Upstream: https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/modeling_utils.py
 """

@@ -1,4 +1,4 @@
-"""Saves an adapter that transformers added from the tensors that FSDP gathered, and not from one rank's model.
+"""Saves an adapter that transformers added from the tensors that FSDP gathered, and not from the model of one rank.
 
 Upstream: https://github.com/huggingface/transformers/blob/v4.50.0/src/transformers/modeling_utils.py
 """

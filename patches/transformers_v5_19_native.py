@@ -1,4 +1,4 @@
-"""Averages an adapter beside a natively sharded base in one all-reduce, and not tensor by tensor.
+"""Averages an adapter next to a natively sharded base in one all-reduce, and not tensor by tensor.
 
 Upstream: https://github.com/huggingface/transformers/pull/48873
 """

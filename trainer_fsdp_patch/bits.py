@@ -39,7 +39,7 @@ _ROW = 256
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """Two sums over the bits of a tensor, weighted by the place in a row and by the row: int64, shape [2].
+    """Two sums over the bits of a tensor, int64, shape [2]. Weights are the place in a row, and the row.
 
     Each is one pass at the speed of memory; both have to collide for a difference to stay unseen.
     """

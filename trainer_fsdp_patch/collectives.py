@@ -63,7 +63,7 @@ def collective(what: str) -> Iterator[None]:
 def told() -> Iterator[None]:
     """Around what all ranks do: one that fails leaves its error where those that wait for it read it.
 
-    Without this the last line of a log is of a rank that was waiting, and says nothing of the cause.
+    Without this the last line of a log is of a rank that was waiting. It says nothing of the cause.
     """
     import torch.distributed as dist
 

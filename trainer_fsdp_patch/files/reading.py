@@ -183,7 +183,7 @@ def adapter_only(folder: Path, adapter: str = "default") -> dict[str, torch.Tens
 
     Args:
         folder: of the checkpoint.
-        adapter: name of the adapter, which the keys of a model's state dict have and those of a file have not.
+        adapter: name of the adapter. The keys of a model's state dict have it, and those of a file have not.
 
     Returns:
         Tensors on the CPU; {} where there is no such part or where it cannot be read.

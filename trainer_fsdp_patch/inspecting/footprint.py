@@ -1,9 +1,9 @@
-"""What FSDP holds and gathers on a rank: units, parameter bytes between steps, and the most that is gathered at once.
+"""What FSDP takes of a rank: units, parameter bytes between steps, and the most that is gathered at once.
 
 Numbers are exact and of no clock. They come from the storages that FSDP fills and frees, not from the states that it
-thinks it is in. They are read wherever the sum can rise: after each `unshard` of each unit, and under FSDP2 after the
-wait that follows. Between two of these points storages are only freed, so that no peak is missed. From torch 2.2 on,
-every way to a gathered parameter goes through these methods. Forward, backward, prefetching, state dicts and
+thinks it is in. They are read wherever the sum can rise. That is after each `unshard` of each unit, and under FSDP2
+after the wait that follows. Between two of these points storages are only freed, so that no peak is missed. From torch
+2.2 on, every way to a gathered parameter goes through these methods. Forward, backward, prefetching, state dicts and
 `summon_full_params` all do. They are shadowed on the units of one model, and no class is changed.
 """
 

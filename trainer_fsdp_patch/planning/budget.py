@@ -21,7 +21,7 @@ class Settings:
     """What `patch()` was given.
 
     Attributes:
-        adapter_placement: "auto" shards the largest trainable tensors until the others fit the budget, "replicate"
+        adapter_placement: "auto" shards the largest trainable tensors until the others fit the budget. "replicate"
             shards none, "shard" all that can be.
         adapter_budget: bytes that each rank may hold of the replicated adapter: parameters, gradients and optimizer
             state. None is 1 GiB, or a rank's share of the sharded base where that is more.

@@ -1,4 +1,4 @@
-"""What a plan says that FSDP will take of a rank: units, parameter bytes between steps, and bytes gathered at once."""
+"""What FSDP takes of a rank by a plan: units, parameter bytes between steps, and bytes gathered at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ALIGNED = 16
 """FSDP1 puts each original parameter of a flat one at a multiple of so many bytes."""
 
 Units = tuple[tuple[str, tuple[str, ...]], ...]
-"""Name of each unit's module, and the canonical names of what it shards; the first is the root, which may have none."""
+"""Name of each unit's module, and canonical names of what it shards. The first is the root, which may have none."""
 
 
 def units(model: nn.Module, tensors: Iterable[str], names: list[str], fsdp_version: int) -> Units:
@@ -129,7 +129,7 @@ def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
 
 
 def _share(plan: Plan, tensor: TensorInfo, ranks: int, *, padded: bool) -> int:
-    """Bytes of a rank's part of a sharded tensor: rows of it under FSDP2, which keeps as many on each rank."""
+    """Bytes of a rank's part of a sharded tensor. Under FSDP2 these are rows, as many on each rank."""
     # `-(-a // b)` rounds up, here and below: FSDP pads to a multiple of the ranks.
     stored = _kept(plan, tensor)
     elements = tensor.nbytes // _itemsize(tensor)

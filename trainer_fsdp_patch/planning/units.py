@@ -1,4 +1,4 @@
-"""What must not be a unit of FSDP: policies by size or class see neither what is shared nor who reads it."""
+"""What must not be a unit of FSDP: policies see neither what is shared nor who reads it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _owns(module: nn.Module, ignored: Collection[int]) -> bool:
 def cannot_be_unit(model: nn.Module, ignored: Collection[int] = ()) -> Callable[[nn.Module], bool]:
     """Which modules must not be units of their own, for a wrap policy of FSDP1.
 
-    FSDP1 puts a unit in a module's place in one parent; another, as prompt learning is of embeddings, would miss it.
+    FSDP1 puts a unit in a module's place in one parent. Another would miss it, as prompt learning is one of embeddings.
 
     Args:
         model: before it is wrapped.

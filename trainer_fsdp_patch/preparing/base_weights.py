@@ -129,7 +129,7 @@ def _refuse_other_tensors(named: list[tuple[str, torch.Tensor]]) -> None:
 
 
 def _differing(tensors: list[torch.Tensor], device: torch.device) -> list[int]:
-    """Places of the tensors whose bits are not the same on all ranks; those on meta somewhere are FSDP's to fill."""
+    """Places of the tensors whose bits are not the same on all ranks. Those on meta somewhere are FSDP's to fill."""
     import torch
     import torch.distributed as dist
 

@@ -41,7 +41,7 @@ def version_of(plugin: FullyShardedDataParallelPlugin) -> int:
 def remember_arguments(plugin: FullyShardedDataParallelPlugin, asked: dict[str, object]) -> None:
     """Keep what a user gave the FSDP plugin explicitly, so that it wins over a plan later.
 
-    Nothing is checked and nothing changed before a plan is made: whose run it is to be is not known yet.
+    Nothing is checked and nothing changed before a plan is made. Whose run it is to be is not known yet.
 
     Args:
         plugin: accelerate's FullyShardedDataParallelPlugin, after its init.
@@ -179,7 +179,7 @@ def plan_for(
 
 
 def shards(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> int:
-    """Number of ranks over which FSDP shards one copy of the base: fewer than all where groups of them hold it each.
+    """Number of ranks over which FSDP shards one copy of the base; fewer than all where groups hold one each.
 
     Args:
         accelerator: the run's.
@@ -304,8 +304,8 @@ def _ignored(prepared: Prepared) -> list[nn.Module]:
             whole.append(module)
     covered = {id(tensor) for module in whole for tensor in (*module.parameters(), *module.buffers())}
     # What is left shares its modules with base weights, which FSDP1 would ignore with them.
-    # It is given in a module that is nobody's child: FSDP1 reads from it which tensors to ignore, and no more.
-    # Names in it are numbers, for those of the model have dots.
+    # It is given in a module that is nobody's child. FSDP1 reads from it which tensors to ignore, and no more. Names in
+    # it are numbers, for those of the model have dots.
     rest = nn.Module()
     for index, tensor in enumerate(prepared.tensors):
         if id(tensor) in covered:

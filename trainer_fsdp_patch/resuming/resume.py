@@ -194,7 +194,7 @@ def load(upstream: Callable[[], object], trainer: Trainer, folder: str) -> objec
     """Load a checkpoint of a Trainer: afterwards every rank has the adapter that rank 0 has read.
 
     Args:
-        upstream: loads it; it is not asked where the folder holds an adapter and nothing to resume from, as
+        upstream: loads it. It is not asked where the folder holds an adapter and nothing to resume from, as
             `save_only_model` leaves it.
         trainer: whose model is loaded.
         folder: of the checkpoint.

@@ -95,7 +95,7 @@ def state_dict(
 def _everything(
     upstream: Callable[[], dict[str, torch.Tensor]], accelerator: Accelerator, model: nn.Module, prepared: Prepared
 ) -> dict[str, torch.Tensor]:
-    """What upstream gives; FSDP2 loses its way in layers that keep more in a state dict than tensors, as 8-bit ones."""
+    """What upstream gives. FSDP2 loses its way in layers that keep more in a state dict than tensors, as 8-bit ones."""
     if prepared.plan.fsdp_version == 1:
         everything = upstream()
         # FSDP1 neither moves what it ignores to the CPU, nor leaves it out where it gives nothing else.

@@ -139,7 +139,7 @@ def scatter(model: nn.Module, prepared: Prepared, values: dict[str, torch.Tensor
 
 
 def part(tensor: DTensor, value: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a full value that every rank has, laid out as a sharded tensor is; all take part.
+    """This rank's part of a full value that every rank has, laid out as a sharded tensor; all take part.
 
     Args:
         tensor: the sharded one.
@@ -164,7 +164,7 @@ def _named(model: nn.Module, prepared: Prepared) -> list[tuple[str, torch.Tensor
 
 
 def make_root(model: nn.Module) -> None:
-    """Have FSDP1 know its root: the first unit that is summoned becomes one for good, so the real one comes first.
+    """Have FSDP1 know its root. The first unit that is summoned becomes one for good, so the real one comes first.
 
     Args:
         model: wrapped by FSDP1.

@@ -50,7 +50,8 @@ def answer(
 
     given = arguments.get("state_dict")
     if given is None and "state_dict" in vars(unwrap(arguments["model"])):
-        # A user has put a function of their own there, as alpaca-lora's script does, or a save what it has gathered.
+        # A user has put a function of their own there, as alpaca-lora's script does. Or a save has, for what it
+        # gathered.
         return call(unwrap(arguments["model"]).state_dict())
     if given is None:
         return _asked(call, arguments["model"], prepared)

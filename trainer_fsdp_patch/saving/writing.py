@@ -170,7 +170,7 @@ def _agree(failure: Exception | None, device: torch.device) -> None:
             return
         everyone = collectives.all_gather_object(said, "save of the adapter")
     finally:
-        # The first error wins: a rank that failed must not end with that of a collective that the others have left.
+        # The first error wins. A rank that failed must not end with that of a collective that others have left.
         if failure is not None:
             raise failure
     failed = [(rank, text) for rank, text in enumerate(everyone) if text]

@@ -99,11 +99,11 @@ class Verdict:
 
 
 def compare(case: Outcome, reference: Outcome, setup: Setup) -> Verdict:
-    """Whether a run trained and saved what one process did, and took no more of a rank than its plan says.
+    """Whether a run trained and saved what one process did, and took no more than its plan says.
 
-    The error of a tensor is the norm of the difference of the two results over the norm of the reference's update. It
-    is taken of the saved file and, where the run holds full tensors, after each step. That of losses and gradient norms
-    is relative. Frozen tensors have to have the same bits.
+    The error of a tensor is the norm of the difference of the results over that of the reference's update. It is taken
+    of the saved file and, where the run holds full tensors, after each step. That of losses and gradient norms is
+    relative. Frozen tensors have to have the same bits.
 
     Args:
         case: the run on ranks.

@@ -1,6 +1,6 @@
 """Casts of a model that FSDP has run already: `bf16_full_eval`, `model.to(dtype)`, `half()`.
 
-FSDP reads the dtype of what it shards before its first forward, and takes room to gather it of that dtype.
+FSDP reads the dtype of what it shards before its first forward. It takes room of that dtype to gather it.
 """
 
 from __future__ import annotations

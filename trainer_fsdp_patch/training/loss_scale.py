@@ -23,8 +23,8 @@ def compute_loss(upstream: Callable[..., Result], trainer: Trainer, arguments: d
     """Divide the count that the model gets by the ranks, where upstream multiplies the loss that it gives by them.
 
     Averaging gradients over the ranks divides them once more. So upstream makes up for a loss that was divided by the
-    count of all ranks. A loss that ignores the count must not be multiplied, as a classifier's, nor a part of one, as
-    an adapter's penalty. This way neither is.
+    count of all ranks. A classifier's loss ignores the count and must not be multiplied, nor must an adapter's penalty.
+    This way neither is.
 
     Args:
         upstream: the Trainer's own, bound; it takes the arguments by name.
@@ -55,7 +55,7 @@ def _multiplies(trainer: Trainer) -> bool:
 def _unrounded(prepared: Prepared, share: float | torch.Tensor) -> Iterator[None]:
     """Let the model's forward get the share itself: FSDP casts floating-point arguments to its low precision.
 
-    A count is a 0-dim tensor upstream, on which a forward may call `.to(device)`, so no plain number stands for it.
+    A count is a 0-dim tensor upstream. A forward may call `.to(device)` on it, so no plain number stands for it.
     """
 
     def restore(

@@ -1,4 +1,4 @@
-"""A layer is full while an adapter is merged into it or taken out of it, and its shards hold the result.
+"""A layer is full while an adapter is merged into it or taken out. Its shards hold the result.
 
 peft adds to `weight.data`, and a rank has a part of that. One layer is gathered at a time.
 """
