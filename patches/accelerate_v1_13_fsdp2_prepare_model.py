@@ -10,7 +10,13 @@ from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped, argument
 from trainer_fsdp_patch.preparing import fsdp2
 
-patch = Patch(__name__, versions="accelerate>=1.13.dev0", target="accelerate.accelerator", vital=True)
+patch = Patch(
+    __name__,
+    versions="accelerate>=1.13.dev0",
+    target="accelerate.accelerator",
+    vital=True,
+    alongside=("torch_v2_6_fully_shard",),
+)
 
 
 @patch.wrap("fsdp2_prepare_model", "accelerator", "model", only=gates.model())

@@ -65,7 +65,7 @@ SCENARIOS = [
     Scenario("compiled in regions, full", compiled("", strangers.in_regions)),
 ]
 for _version in FLAVOURS:
-    for _kind in ("", "sharded", "activation_checkpointing"):
+    for _kind in ("", "sharded_checkpoint", "activation_checkpointing"):
         _run = fsdp(_version, **({_kind: True} if _kind else {}))
         SCENARIOS.append(Scenario(f"FSDP{_version}, full, {_kind or 'plain'}", _run, 2, BEFORE[_version]))
     SCENARIOS.append(

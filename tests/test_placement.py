@@ -13,7 +13,8 @@ from test_plan import llama
 
 import trainer_fsdp_patch
 from trainer_fsdp_patch.errors import PlanError
-from trainer_fsdp_patch.planning import budget, planning
+from trainer_fsdp_patch.planning import budget
+from trainer_fsdp_patch.preparing import fsdp_plugin
 from trainer_fsdp_patch.testing import forks, releases
 from trainer_fsdp_patch.testing.case import Outcome
 
@@ -119,7 +120,7 @@ def test_each_rank_holds_its_part_alone(bench: Bench, tmp_path: Path, fsdp: int)
 @pytest.mark.parametrize("sharded", [False, True], ids=["full", "sharded"])
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_a_resumed_run_ends_in_the_same_bits(bench: Bench, fsdp: int, sharded: bool) -> None:
-    setup = Setup("resumed", fsdp=fsdp, placement="shard", sharded=sharded)
+    setup = Setup("resumed", fsdp=fsdp, placement="shard", sharded_checkpoint=sharded)
     scene = checkpoints.Scene(bench)
     assert checkpoints.interrupted(scene, setup, patched=True, configure=METHODS["lora_head"]) == ""
 
@@ -133,13 +134,13 @@ def test_evaluation_first(bench: Bench, fsdp: int) -> None:
 
 def hybrid(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
     """The number of ranks of a shard that the plan was made for, and one that a run has counted."""
-    upstream, made = planning.make_plan, []
+    upstream, made = fsdp_plugin.make_plan, []
 
     def make_plan(*args: Any, **kwargs: Any) -> Any:
         made.append(kwargs["ranks"])
         return upstream(*args, **kwargs)
 
-    planning.make_plan = make_plan
+    fsdp_plugin.make_plan = make_plan
     outcome = trial.train(setup, METHODS["lora"], base, folder, setup.ranks, True, rank)
     [outcome.extra["shards"]] = made
     return outcome

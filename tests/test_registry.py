@@ -144,7 +144,7 @@ def test_broken_metadata_counts_as_not_installed(
     _, target = made("one")
     monkeypatch.undo()
     versions.installed.cache_clear()
-    monkeypatch.setattr("importlib.metadata.version", lambda package: version)
+    monkeypatch.setattr(versions, "_version", lambda distribution: version)
     assert versions.installed("transformers") is None
     versions.installed.cache_clear()
     assert target.function(2) == 2
@@ -207,7 +207,7 @@ def test_ranges_of_neighbours_leave_no_hole() -> None:
 
 def test_unreadable_metadata_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     versions.installed.cache_clear()
-    monkeypatch.setattr("importlib.metadata.version", lambda package: "not a version")
+    monkeypatch.setattr(versions, "_version", lambda distribution: "not a version")
     assert versions.installed("transformers") is None
     versions.installed.cache_clear()
 

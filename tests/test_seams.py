@@ -46,7 +46,7 @@ def test_the_seams_are_as_declared_in_every_release_of_the_range(name: str) -> N
         for seam, entry in zip(patch.seams, here, strict=False):
             assert entry is not None, (version, seam.path)
             if "imported" not in entry:
-                assert tuple(entry["parameters"]) == seam.parameters, (version, seam.path)
+                assert seam.takes(tuple(entry["parameters"])), (version, seam.path)
 
 
 @pytest.mark.parametrize("name", PATCHES)

@@ -12,7 +12,7 @@ from test_plan import llama
 
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning import units
-from trainer_fsdp_patch.planning.planning import make_plan
+from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.testing import case, forks, trial
 
 BLOCK = "LlamaDecoderLayer"

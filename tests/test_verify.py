@@ -90,7 +90,7 @@ def test_two_keys_that_would_become_one(good: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("sharded", [False, True])
 def test_an_adapter_that_only_the_checkpoint_has(bench: Bench, tmp_path: Path, sharded: bool) -> None:
     """https://github.com/huggingface/transformers/issues/30491"""
-    setup = Setup("only", fsdp=1, save_steps=3, sharded=sharded)
+    setup = Setup("only", fsdp=1, save_steps=3, sharded_checkpoint=sharded)
     run = checkpoints.Scene(bench).run(checkpoints.train, setup, patched=True)
     whole = load_file(Path(run[0].folder) / reading.SAFE)
     lost = Path(shutil.copytree(Path(run[0].folder) / "checkpoint-3", tmp_path / "checkpoint-3"))
@@ -171,7 +171,7 @@ def test_truncated_and_hostile_files(good: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_checkpoints_that_are_not_whole(bench: Bench, tmp_path: Path, sharded: bool) -> None:
-    setup = Setup("whole", fsdp=1, save_steps=3, sharded=sharded)
+    setup = Setup("whole", fsdp=1, save_steps=3, sharded_checkpoint=sharded)
     run = checkpoints.Scene(bench).run(checkpoints.train, setup, patched=True)
     whole = Path(run[0].folder) / "checkpoint-3"
     assert verify.verify_path(whole) == []

@@ -12,8 +12,10 @@ import os.path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from trainer_fsdp_patch.patching.registry import Status
-    from trainer_fsdp_patch.planning.planning import Plan
+    from trainer_fsdp_patch.planning.plan import Plan
 
 __all__ = ["__version__", "patch", "plan", "status", "unpatch"]
 __version__ = "0.1.0"
@@ -26,7 +28,7 @@ if os.path.isfile(os.path.join(_root, "setup.cfg")):
 
 def patch(
     *names: str, strict: bool = False, adapter_placement: str | None = None, adapter_budget: int | None = None
-) -> list[Status]:
+) -> Sequence[Status]:
     """Repair what is installed, at once or when it is imported; a second call changes nothing.
 
     Args:
@@ -39,13 +41,19 @@ def patch(
             under "auto"; 1 GiB, or a rank's share of the base where that is more.
 
     Returns:
-        The state of every patch, as `status()` gives it.
+        The state of every patch, as `status()` gives it; looked up when it is read, where no target is imported yet.
 
     Raises:
         PatchError: a name is unknown, or a patch asked for by name does not concern what is installed
             or cannot be applied.
         PlanError: a setting is none that is known.
     """
+    from trainer_fsdp_patch.patching import awaiting
+
+    set_up = adapter_placement is not None or adapter_budget is not None
+    if not (names or strict or set_up) and awaiting.possible():
+        return awaiting.arm()
+    awaiting.fire()
     from trainer_fsdp_patch.patching import registry
     from trainer_fsdp_patch.planning import budget
 
@@ -55,6 +63,10 @@ def patch(
 
 def unpatch() -> None:
     """Restore every patched attribute to identity; where somebody wrapped on top of us, go silent."""
+    from trainer_fsdp_patch.patching import awaiting
+
+    if awaiting.disarm() is not None:
+        return
     from trainer_fsdp_patch.patching import registry
     from trainer_fsdp_patch.planning import budget
 
@@ -64,8 +76,9 @@ def unpatch() -> None:
 
 def status() -> list[Status]:
     """State of every patch: unused, waiting, applied, skipped (with the reason) or failed."""
-    from trainer_fsdp_patch.patching import registry
+    from trainer_fsdp_patch.patching import awaiting, registry
 
+    awaiting.fire()
     return registry.status()
 
 
@@ -74,7 +87,7 @@ def plan(model: Any, **settings: Any) -> Plan:
 
     Args:
         model: a `torch.nn.Module` that carries a PEFT adapter; meta tensors will do.
-        settings: see `trainer_fsdp_patch.planning.planning.make_plan`.
+        settings: see `trainer_fsdp_patch.planning.plan.make_plan`.
 
     Returns:
         The plan; pure data, computed without a process group and without changing the model.
@@ -82,6 +95,6 @@ def plan(model: Any, **settings: Any) -> Plan:
     Raises:
         PlanError: a setting contradicts the plan.
     """
-    from trainer_fsdp_patch.planning import planning
+    from trainer_fsdp_patch.planning.plan import make_plan
 
-    return planning.make_plan(model, **settings)
+    return make_plan(model, **settings)

@@ -11,6 +11,7 @@ from typing import Any
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.patching.wrapping import Gate, Kwargs
 from trainer_fsdp_patch.planning.prepared import any_prepared, none_prepared, prepared_by, prepared_for, prepared_with
+from trainer_fsdp_patch.preparing import fsdp2
 from trainer_fsdp_patch.resuming import latest
 
 
@@ -102,6 +103,10 @@ def resumes_from_the_last(instance: object, arguments: Kwargs) -> bool:
 def resuming(instance: object, arguments: Kwargs) -> bool:
     """Such a Trainer is looking for its last checkpoint."""
     return latest.SEARCHING.get() is not None
+
+
+sharding = Planned(fsdp2.is_sharding)
+"""accelerate is making units of FSDP2 of a planned model."""
 
 
 def finds_batch_size(instance: object, arguments: Kwargs) -> bool:

@@ -10,7 +10,9 @@ from typing import Any
 from torch.distributed.fsdp import FullyShardedDataParallel
 from walk import STEPS, arguments, attempt, base_model, documented, heard, plain, trained, trainer_of, whole
 
-from trainer_fsdp_patch.planning import planning, prepared
+from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.planning import prepared
+from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.testing import cpu, releases, trial
 from trainer_fsdp_patch.testing.case import Setup
 
@@ -49,7 +51,7 @@ def alone(method: str = "", *, evaluate: bool = True, model: Any = None, **chang
 def planned(base: str) -> Any:
     """A model that a plan was applied to, in a process that trains something else; it is planned while it is held."""
     model = base_model(base, "lora")()
-    prepared.keep(model, prepared.Prepared(model, planning.make_plan(model), [None]))
+    prepared.keep(model, prepared.Prepared(model, make_plan(model), [None], inventory.take(model)))
     return model
 
 
@@ -114,7 +116,7 @@ def fsdp(version: int, *, beside: bool = True, **changes: Any) -> Run:
     """
     setup = Setup("walk", fsdp=version, **changes)
     # The name of the best checkpoint depends on which rank makes its folder.
-    best = WITHOUT_BEST if setup.sharded else {}
+    best = WITHOUT_BEST if setup.sharded_checkpoint else {}
 
     def run(base: str) -> dict[str, Any]:
         import transformers.trainer

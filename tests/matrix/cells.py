@@ -151,7 +151,7 @@ def reference_of(setup: Setup) -> Setup:
         fsdp=0,
         use_orig_params=True,
         ram_efficient=False,
-        sharded=False,
+        sharded_checkpoint=False,
         wrap="",
         placement="auto",
         ranks=1,

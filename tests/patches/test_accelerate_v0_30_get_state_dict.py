@@ -102,6 +102,8 @@ def test_a_save_before_training(bench: Bench, fsdp: int) -> None:
         trainer.save_model(str(folder))
 
     for sharded in (False, True):
-        outcomes = checkpoints.Scene(bench).run(save, Setup("save", fsdp=fsdp, sharded=sharded), patched=True)
+        outcomes = checkpoints.Scene(bench).run(
+            save, Setup("save", fsdp=fsdp, sharded_checkpoint=sharded), patched=True
+        )
         assert checkpoints.failure(outcomes) == ""
         assert checkpoints.stored_bits(outcomes[0].folder)

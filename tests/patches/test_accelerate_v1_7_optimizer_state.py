@@ -12,5 +12,5 @@ def test_canary() -> None:
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 @pytest.mark.parametrize("method", ["lora", "vera"])
 def test_a_sharded_optimizer_is_read(bench: Bench, method: str, fsdp: int) -> None:
-    setup = Setup(f"f{fsdp}-sharded", fsdp=fsdp, sharded=True)
+    setup = Setup(f"f{fsdp}-sharded", fsdp=fsdp, sharded_checkpoint=True)
     resumes(bench, METHODS[method], setup, "no adapter file was written")

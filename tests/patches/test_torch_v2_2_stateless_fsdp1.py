@@ -12,5 +12,5 @@ def test_canary() -> None:
 def test_resume_with_sgd(bench: Bench) -> None:
     """Stock loses the adapter before it comes to this; tests/data/checkpoints.json has it."""
     scene = checkpoints.Scene(bench)
-    setup = Setup("f1-sgd", fsdp=1, optim="sgd", sharded=True)
+    setup = Setup("f1-sgd", fsdp=1, optim="sgd", sharded_checkpoint=True)
     assert checkpoints.cell(checkpoints.interrupted, scene, setup, patched=True) == ""

@@ -24,7 +24,7 @@ def test_read_on_rank_0_only(bench: Bench, method: str) -> None:
 @pytest.mark.parametrize("method", ["lora", "vera"])
 def test_the_state_of_a_sharded_optimizer(bench: Bench, method: str) -> None:
     """https://github.com/huggingface/accelerate/pull/3904 mended it for FSDP2 only."""
-    resumes(bench, METHODS[method], Setup("f1-sharded", fsdp=1, sharded=True), "no adapter file was written")
+    resumes(bench, METHODS[method], Setup("f1-sharded", fsdp=1, sharded_checkpoint=True), "no adapter file was written")
 
 
 def test_save_only_model(bench: Bench) -> None:
@@ -58,4 +58,4 @@ def test_a_checkpoint_that_is_not_whole_is_refused_on_all_ranks(bench: Bench, fs
 @fsdp2
 @where("accelerate<1.7.dev0")
 def test_the_state_of_a_sharded_optimizer_on_fsdp2(bench: Bench) -> None:
-    resumes(bench, METHODS["lora"], Setup("f2-sharded", sharded=True), "no adapter file was written")
+    resumes(bench, METHODS["lora"], Setup("f2-sharded", sharded_checkpoint=True), "no adapter file was written")

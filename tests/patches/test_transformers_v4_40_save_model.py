@@ -12,4 +12,4 @@ def test_canary() -> None:
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 @pytest.mark.parametrize("method", ["lora", "vera"])
 def test_the_adapter_is_written(bench: Bench, fsdp: int, method: str) -> None:
-    fault(bench, method, Setup(f"f{fsdp}-sharded", fsdp=fsdp, sharded=True), "no adapter file was written")
+    fault(bench, method, Setup(f"f{fsdp}-sharded", fsdp=fsdp, sharded_checkpoint=True), "no adapter file was written")

@@ -576,9 +576,9 @@ def scenarios() -> Iterator[tuple[str, Callable[..., str], Setup]]:
     """Name, scenario and set-up, of those that the installed releases have."""
     for fsdp in (1, 2) if releases.has_fsdp2() else (1,):
         base = Setup(f"FSDP{fsdp}", fsdp=fsdp)
-        kinds = [dataclasses.replace(base, sharded=sharded) for sharded in (False, True)]
+        kinds = [dataclasses.replace(base, sharded_checkpoint=sharded) for sharded in (False, True)]
         for setup in kinds:
-            kind = f"FSDP{fsdp} {'sharded' if setup.sharded else 'full'}"
+            kind = f"FSDP{fsdp} {'sharded' if setup.sharded_checkpoint else 'full'}"
             for optim in ("adamw_torch", "sgd"):
                 yield f"resume at each step, {optim}, {kind}", interrupted, dataclasses.replace(setup, optim=optim)
             # Before, a Trainer takes the batch size of each rank from the checkpoint.

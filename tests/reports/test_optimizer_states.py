@@ -116,5 +116,5 @@ def test_other_checkpoints(bench: Bench, fsdp: int, sharded: bool) -> None:
     """Those that torch can read: numbers and dictionaries in sharded ones, and under FSDP2."""
     if fsdp == 1 and not sharded:
         pytest.skip("tested above")
-    setup = Setup(f"f{fsdp}", fsdp=fsdp, sharded=sharded, optim="adamw_bnb_8bit")
+    setup = Setup(f"f{fsdp}", fsdp=fsdp, sharded_checkpoint=sharded, optim="adamw_bnb_8bit")
     assert checkpoints.cell(interrupted, checkpoints.Scene(bench), setup, patched=True) == ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -190,12 +190,6 @@ def copied_modules(model: Any) -> list[Any]:
     return [copy for module in wrappers for copy in getattr(module, "modules_to_save", {}).values()]
 
 
-def copies(model: Any) -> set[str]:
-    """Names of the parameters of such modules."""
-    names = {id(slot.tensor): slot.name for slot in named_tensors(model)}
-    return {names[id(parameter)] for module in copied_modules(model) for parameter in module.parameters()}
-
-
 def tuners(model: Any) -> set[Any]:
     """PEFT's tuners in a model: what its models have as base_model, or stand around the base without one."""
     from peft.tuners.tuners_utils import BaseTuner
@@ -257,23 +251,50 @@ def nbytes_of(tensor: Any) -> int:
     return sum(map(nbytes_of, _parts(tensor))) or tensor.numel() * tensor.element_size()
 
 
-def take(model: Any) -> list[TensorInfo]:
-    """Inventory of a model.
+class Inventory(NamedTuple):
+    """What one walk of a model has found.
+
+    It refers to full tensors of the base: who keeps it longer than FSDP takes to shard them keeps them in memory.
+
+    Attributes:
+        slots: all that hold a tensor, breadth first.
+    """
+
+    slots: tuple[Slot, ...]
+
+    def tensors(self) -> list[TensorInfo]:
+        """One entry for each distinct tensor, in the order of the slots."""
+        packed = set()
+        for slot in self.slots:
+            frozen = slot.kind == "parameter" and not slot.tensor.requires_grad and not slot.owned
+            if frozen and is_quantized(slot.tensor):
+                packed.add(id(slot.module))
+        return [_entry(slots, id(slots[0].module) in packed) for slots in self.shared()]
+
+    def shared(self) -> list[list[Slot]]:
+        """The slots of each distinct tensor together."""
+        together: dict[int, list[Slot]] = {}
+        for slot in self.slots:
+            together.setdefault(id(slot.tensor), []).append(slot)
+        return list(together.values())
+
+    def names_of(self, tensors: Iterable[Any]) -> set[str]:
+        """All canonical names of some of the tensors."""
+        wanted = set(map(id, tensors))
+        return {slot.name for slot in self.slots if id(slot.tensor) in wanted}
+
+    def reread(self) -> Inventory:
+        """The same slots with the tensors that they hold now, after moves that may have replaced objects."""
+        return Inventory(tuple(slot._replace(tensor=slot.holder[slot.key]) for slot in self.slots))
+
+
+def take(model: Any) -> Inventory:
+    """Inventory of a model, by one walk.
 
     Args:
         model: any `torch.nn.Module`; meta tensors and wrapped models will do.
-
-    Returns:
-        One entry for each distinct tensor, in the order of the modules, breadth first.
     """
-    shared: dict[int, list[Slot]] = {}
-    packed = set()
-    for slot in named_tensors(model):
-        shared.setdefault(id(slot.tensor), []).append(slot)
-        frozen = slot.kind == "parameter" and not slot.tensor.requires_grad and not slot.owned
-        if frozen and is_quantized(slot.tensor):
-            packed.add(id(slot.module))
-    return [_entry(slots, id(slots[0].module) in packed) for slots in shared.values()]
+    return Inventory(tuple(named_tensors(model)))
 
 
 def _role(slot: Slot, owned: bool, packed: bool) -> str:

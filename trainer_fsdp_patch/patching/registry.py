@@ -17,12 +17,11 @@ from types import ModuleType
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.errors import PatchError, TrainerFsdpPatchWarning, message
 from trainer_fsdp_patch.patching import hooks, prewrapped, wrapping
+from trainer_fsdp_patch.patching.awaiting import DISABLE
 
 logger = logging.getLogger("trainer_fsdp_patch")
 
 PACKAGE = "trainer_fsdp_patch.patches"
-DISABLE = "TRAINER_FSDP_PATCH_DISABLE"
-"""Environment variable: names of patches, separated by commas, that `patch()` leaves out; `*` is all."""
 
 NEWER = "{} is newer than {}, the newest release tested"
 UNUSED, WAITING, APPLIED, SKIPPED, FAILED = "unused", "waiting", "applied", "skipped", "failed"
@@ -104,7 +103,7 @@ class Patch:
 
         Args:
             path: dotted path inside the target module.
-            parameters: names of the upstream function's parameters, in order.
+            parameters: names of the upstream function's parameters, in order; "..." at the end is any others.
             only: which calls the function gets, of `gates`; all others go upstream as they came. None is all calls.
         """
 
@@ -208,17 +207,23 @@ def find(name: str) -> Patch:
         raise PatchError(name, "no such patch", "Nothing was patched", f"Known are {known}", patch=name) from None
 
 
-def patch(*names: str, strict: bool = False) -> list[Status]:
-    """Repair what is installed; see `trainer_fsdp_patch.patch`."""
+def patch(*names: str, strict: bool = False, disabled: str | None = None) -> list[Status]:
+    """Repair what is installed; see `trainer_fsdp_patch.patch`.
+
+    Args:
+        names: of patches.
+        strict: as there.
+        disabled: names of patches to leave out, separated by commas; None is what the environment says.
+    """
     wanted = [find(name) for name in names] or list(discover().values())
     for item in wanted:
         wanted.extend(other for other in item.required() if other not in wanted)
-    disabled = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
+    left_out = {name.strip() for name in (os.environ.get(DISABLE, "") if disabled is None else disabled).split(",")}
     late = ", ".join(prewrapped.models()) if any(item.state == UNUSED for item in wanted) else ""
     if late:
         _warn_late(late, strict)
     for item in wanted:
-        reason = _inapplicable(item, disabled)
+        reason = _inapplicable(item, left_out)
         if reason and item.name in names:
             raise PatchError(f"{item.name}: {reason}.", patch=item.name, found=reason)
         if reason:

@@ -121,7 +121,8 @@ class Seam:
 
     Args:
         path: dotted path inside the target module, such as `Trainer._wrap_model`.
-        parameters: names of the parameters of the upstream function, in order.
+        parameters: names of the parameters of the upstream function, in order; "..." at the end is any others, which
+            the wrapper hands on unread.
         function: wrapper in wrapt's four-argument form.
         enabled: asked at each call whether the wrapper is to act.
         only: asked at each call whether it is one of ours; all others go upstream as they came. None is all calls.
@@ -147,6 +148,12 @@ class Seam:
         if self.only is None or self.only(instance, self.named(args, kwargs)):
             return self.function(wrapped, instance, args, kwargs)
         return wrapped(*args, **kwargs)
+
+    def takes(self, parameters: tuple[str, ...]) -> bool:
+        """Whether an upstream function with these parameters is one that the wrapper was written for."""
+        if self.parameters[-1:] == ("...",):
+            return parameters[: len(self.parameters) - 1] == self.parameters[:-1]
+        return parameters == self.parameters
 
     def named(self, args: Args, kwargs: Kwargs) -> Kwargs:
         """A call's arguments by name, but for the instance; what is left to defaults is absent."""
@@ -194,7 +201,7 @@ def check(module: ModuleType, seam: Seam) -> None:
         takes = tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError) as error:
         raise PatchError(f"{module.__name__}.{seam.path} is not a function", found=repr(original)) from error
-    if takes != seam.parameters:
+    if not seam.takes(takes):
         wanted = ", ".join(seam.parameters)
         raise PatchError(
             f"{module.__name__}.{seam.path} takes ({', '.join(takes)}), the patch knows ({wanted})",

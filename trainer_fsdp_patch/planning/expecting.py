@@ -13,7 +13,7 @@ from trainer_fsdp_patch.names import canonical
 if TYPE_CHECKING:
     from torch import nn
 
-    from trainer_fsdp_patch.planning.planning import Plan
+    from trainer_fsdp_patch.planning.plan import Plan
 
 SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _ALIGNED = 16
@@ -109,7 +109,7 @@ def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
         Its `units` and `gathered` are None where units do not go by class. Which modules a policy by size takes depends
         on more than the plan knows.
     """
-    from trainer_fsdp_patch.planning.planning import SHARD
+    from trainer_fsdp_patch.planning.plan import SHARD
 
     parameters = [item for item in plan.placements if item.tensor.kind == "parameter"]
     tensors = {item.tensor.name: item.tensor for item in parameters}

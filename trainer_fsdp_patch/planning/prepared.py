@@ -12,7 +12,7 @@ from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical, unwrap
 
 if TYPE_CHECKING:
-    from trainer_fsdp_patch.planning.planning import Plan
+    from trainer_fsdp_patch.planning.plan import Plan
 
 _PREPARED: weakref.WeakKeyDictionary[Any, Prepared] = weakref.WeakKeyDictionary()
 _PARTS: weakref.WeakKeyDictionary[Any, Callable[[], Any]] = weakref.WeakKeyDictionary()
@@ -28,7 +28,7 @@ class Prepared:
     Attributes:
         plan: the plan.
         names: canonical names of the ignored tensors; tensors: the tensors, in the same order.
-        sharded: canonical names of the trainable tensors that FSDP shards, whose gradients it averages itself.
+        sharded_names: canonical names of the trainable tensors that FSDP shards, whose gradients it averages itself.
         known: identities of the tensors.
         cast: dtype that a user, or the Trainer, has cast these to since, or None.
         groups: data-parallel process groups that gradients are averaged over.
@@ -36,14 +36,16 @@ class Prepared:
         accelerator: gives the one that prepares the model, from `belongs_to` on, as long as it lives.
     """
 
-    def __init__(self, model: Any, plan: Plan, groups: Sequence[Any], *, native: bool = False) -> None:
+    def __init__(
+        self, model: Any, plan: Plan, groups: Sequence[Any], taken: inventory.Inventory, *, native: bool = False
+    ) -> None:
         self.model: Callable[[], Any] = weakref.ref(model)
         self.plan, self.groups, self.native = plan, groups, native
         self.roles = {item.tensor.name: item.tensor.role for item in plan.ignored}
-        self.sharded = [item.tensor.name for item in plan.sharded]
+        self.sharded_names = [item.tensor.name for item in plan.sharded]
         self.cast: Any = None
         self.accelerator: Callable[[], Any] = _nobody
-        self.refresh()
+        self.hold(taken)
 
     def belongs_to(self, accelerator: Any) -> None:
         """Remember which accelerator prepares the model."""
@@ -59,9 +61,13 @@ class Prepared:
         return next((item for item in getattr(owner, "_models", ()) if unwrap(item) is model), model)
 
     def refresh(self) -> None:
-        """Look the tensors up again, after moves that may have replaced objects."""
-        found = {slot.name: slot.tensor for slot in inventory.named_tensors(self.model()) if slot.name in self.roles}
-        self.names, self.tensors = list(found), list(found.values())
+        """Look the tensors up again, after moves that may have replaced objects, or where adapters have come."""
+        self.hold(inventory.take(self.model()))
+
+    def hold(self, taken: inventory.Inventory) -> None:
+        """Hold the tensors that an inventory has in their slots."""
+        tensors = {slot.name: slot.tensor for slot in taken.slots if slot.name in self.roles}
+        self.names, self.tensors = list(tensors), list(tensors.values())
         self.known = {id(tensor) for tensor in self.tensors}
 
     def of_adapter(self) -> dict[str, Any]:
@@ -94,13 +100,13 @@ class Prepared:
 
     def shards(self) -> set[int]:
         """Trainable parameters of which this rank has a part, by identity."""
-        named = self.model().named_parameters() if self.sharded else ()
+        named = self.model().named_parameters() if self.sharded_names else ()
         return {id(parameter) for name, parameter in named if self.is_sharded(name)}
 
     def is_sharded(self, name: str) -> bool:
         """Whether FSDP has a parameter; FSDP1 may show it as a flat one of its unit."""
         name = canonical(name)
-        return name in self.sharded or (bool(self.sharded) and name.endswith("_flat_param"))
+        return name in self.sharded_names or (bool(self.sharded_names) and name.endswith("_flat_param"))
 
 
 def prepared_for(model: Any) -> Prepared | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trainer_fsdp_patch")
 
 
-def synchronize(prepared: Prepared, accelerator: Accelerator) -> None:
+def synchronize(prepared: Prepared, accelerator: Accelerator, taken: inventory.Inventory) -> None:
     """Give every rank rank 0's bits of each tensor of the base that differs, as DDP does.
 
     An initialization of the adapter that alters the base, such as PiSSA's, draws random numbers. Each rank draws others
@@ -28,13 +28,14 @@ def synchronize(prepared: Prepared, accelerator: Accelerator) -> None:
     Args:
         prepared: a model whose ranks have agreed on the adapter.
         accelerator: the run's.
+        taken: the model's inventory.
 
     Raises:
         AdapterError: on all ranks, where their bases do not even have the same tensors.
     """
     if prepared.native or accelerator.num_processes == 1:
         return
-    named = _frozen(prepared, _is_broadcast_by_fsdp(prepared, accelerator))
+    named = _frozen(prepared, taken, _is_broadcast_by_fsdp(prepared, accelerator))
     _refuse_other_tensors(named)
     differing = _differing([tensor for _, tensor in named], accelerator.device) if named else []
     for index in differing:
@@ -60,20 +61,21 @@ def _is_broadcast_by_fsdp(prepared: Prepared, accelerator: Accelerator) -> bool:
     return bool(plugin.cpu_ram_efficient_loading) and not packed
 
 
-def _frozen(prepared: Prepared, by_fsdp: bool) -> list[tuple[str, torch.Tensor]]:
+def _frozen(prepared: Prepared, taken: inventory.Inventory, by_fsdp: bool) -> list[tuple[str, torch.Tensor]]:
     """Weights and persistent buffers of the base by canonical name, each once, and what packed ones consist of.
 
     Args:
         prepared: the model's record.
+        taken: the model's inventory.
         by_fsdp: whether FSDP hands out what it shards, so that only what it ignores is left.
     """
     shared = {id(tensor) for tensor in prepared.of_adapter().values()}
     ignored = {id(tensor) for tensor in prepared.tensors}
     seen: set[int] = set()
     parts = []
-    for slot in inventory.named_tensors(prepared.model()):
+    for slot in taken.slots:
         key = id(slot.tensor)
-        ours = key in shared or slot.name in prepared.sharded
+        ours = key in shared or slot.name in prepared.sharded_names
         # What code computes, and no state dict has, may be cached for as many positions as one rank has seen.
         if ours or not slot.persistent or (by_fsdp and key not in ignored) or key in seen:
             continue

@@ -6,8 +6,9 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting import inventory
@@ -26,11 +27,12 @@ def hide_ignored(model: Any) -> Iterator[None]:
     if prepared is None:
         yield
         return
-    hidden = [slot for slot in inventory.named_tensors(model) if id(slot.tensor) in prepared.known]
+    taken = inventory.take(model)
+    hidden = [slot for slot in taken.slots if id(slot.tensor) in prepared.known]
     for slot in hidden:
         slot.holder[slot.key] = None
     try:
-        with skip_impossible_units(model):
+        with skip_impossible_units(model), shadowed(model, **_ties(taken, prepared.known)):
             yield
     finally:
         for slot in hidden:
@@ -63,38 +65,71 @@ def skip_impossible_units(model: Any) -> Iterator[None]:
 
     Args:
         model: planned; what is ignored is hidden already.
+    """
+    token = _SHARDING.set(_Sharding(model, units.parts(model), units.others(model), []))
+    try:
+        yield
+    finally:
+        _SHARDING.reset(token)
+
+
+class _Sharding(NamedTuple):
+    """What is known of a model while accelerate shards it.
+
+    Attributes:
+        model: planned.
+        within: modules that work as a part of a unit only, by identity.
+        others: what each module shares parameters with, from `units.others`.
+        waiting: modules that were asked for and share parameters with one that was not yet.
+    """
+
+    model: Any
+    within: set[int]
+    others: dict[int, set[int]]
+    waiting: list[Any]
+
+
+_SHARDING: ContextVar[_Sharding | None] = ContextVar("trainer_fsdp_patch_sharding", default=None)
+
+
+def is_sharding(instance: Any, arguments: dict[str, Any]) -> bool:
+    """Whether accelerate is sharding a planned model, of which the call is about a part."""
+    return _SHARDING.get() is not None
+
+
+def fully_shard(upstream: Callable[..., Any], module: Any, **kwargs: Any) -> Any:
+    """Make a module a unit of FSDP2 if it can be one; what cannot stays with the one around it.
+
+    Args:
+        upstream: torch's `fully_shard`.
+        module: the planned model, a part of it, or a list of parts.
+        kwargs: for upstream.
+
+    Returns:
+        `module`, as upstream has it.
 
     Raises:
         PlanError: parameters are to be ignored on a torch before 2.7, which cannot.
     """
-    from torch.distributed import fsdp
-
-    upstream: Any = vars(fsdp)["fully_shard"]
+    sharding = _SHARDING.get()
+    assert sharding is not None
     # until torch 2.7
-    ignores = "ignored_params" in inspect.signature(upstream).parameters
-    within, others = units.parts(model), units.others(model)
-    waiting: list[Any] = []
-
-    def fully_shard(module: Any, **kwargs: Any) -> Any:
-        if not ignores and kwargs.pop("ignored_params", None):
-            _refuse_ignored()
-        if module is model:
-            return upstream(module, **kwargs)
-        modules = list(module) if isinstance(module, (list, tuple)) else [module]
-        if not all(_is_unit(item) and id(item) not in within for item in modules):
-            return module
-        if not units.reaches_outside(modules, others):
-            return upstream(module, **kwargs)
-        # accelerate sees no ties through PEFT's wrappers: it asks for the embeddings, and for the head later.
-        tied = [item for item in waiting if _is_unit(item) and not _nested(item, modules)]
-        if tied and not units.reaches_outside([*tied, *modules], others):
-            upstream([*tied, *modules], **kwargs)
-        else:
-            waiting.extend(modules)
+    if "ignored_params" not in inspect.signature(upstream).parameters and kwargs.pop("ignored_params", None):
+        _refuse_ignored()
+    if module is sharding.model:
+        return upstream(module, **kwargs)
+    modules = list(module) if isinstance(module, (list, tuple)) else [module]
+    if not all(_is_unit(item) and id(item) not in sharding.within for item in modules):
         return module
-
-    with shadowed(fsdp, fully_shard=fully_shard), shadowed(model, **_ties(model)):
-        yield
+    if not units.reaches_outside(modules, sharding.others):
+        return upstream(module, **kwargs)
+    # accelerate sees no ties through PEFT's wrappers: it asks for the embeddings, and for the head later.
+    tied = [item for item in sharding.waiting if _is_unit(item) and not _nested(item, modules)]
+    if tied and not units.reaches_outside([*tied, *modules], sharding.others):
+        upstream([*tied, *modules], **kwargs)
+    else:
+        sharding.waiting.extend(modules)
+    return module
 
 
 def _is_unit(module: Any) -> bool:
@@ -124,16 +159,13 @@ def _nested(one: Any, others: list[Any]) -> bool:
     return any(id(other) in below or any(part is one for part in other.modules()) for other in others)
 
 
-def _ties(model: Any) -> dict[str, Callable[[], None]]:
+def _ties(taken: inventory.Inventory, hidden: set[int]) -> dict[str, Callable[[], None]]:
     """A `tie_weights` that ties what was tied, wherever PEFT's wrappers have put it since.
 
     transformers finds tied weights by the names that the base had before.
     """
-    shared: dict[int, list[inventory.Slot]] = {}
-    for slot in inventory.named_tensors(model):
-        if slot.kind == "parameter":
-            shared.setdefault(id(slot.tensor), []).append(slot)
-    groups = [group for group in shared.values() if len(group) > 1]
+    visible = [group for group in taken.shared() if group[0].kind == "parameter" and id(group[0].tensor) not in hidden]
+    groups = [group for group in visible if len(group) > 1]
 
     def tie_weights() -> None:
         for first, *others in groups:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.errors import PlanError, warn
 from trainer_fsdp_patch.inspecting import inventory
-from trainer_fsdp_patch.planning import planning, units
+from trainer_fsdp_patch.names import canonical
+from trainer_fsdp_patch.planning import units
+from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
-    from trainer_fsdp_patch.planning.planning import Plan
+    from trainer_fsdp_patch.planning.plan import Plan
 
     Policy = MixedPrecision | MixedPrecisionPolicy
 
@@ -135,6 +137,7 @@ def plan_for(
     plugin: FullyShardedDataParallelPlugin,
     policy: Policy | None,
     unsharded: str,
+    taken: inventory.Inventory,
 ) -> Plan:
     """Plan from accelerate's plugin.
 
@@ -144,6 +147,7 @@ def plan_for(
         plugin: accelerate's FullyShardedDataParallelPlugin.
         policy: the user's own mixed-precision policy, or None.
         unsharded: why no trainable tensor may be sharded, or "".
+        taken: the model's inventory.
 
     Raises:
         PlanError: a setting contradicts the model.
@@ -152,7 +156,7 @@ def plan_for(
         # accelerate is going to read it once more.
         plugin.ignored_modules = list(plugin.ignored_modules)
     dtype = getattr(policy, "param_dtype", None)
-    plan = planning.make_plan(
+    plan = make_plan(
         model,
         fsdp_version=version_of(plugin),
         mixed_precision=accelerator.mixed_precision,
@@ -162,6 +166,7 @@ def plan_for(
         units=unit_classes(plugin),
         ranks=shards(accelerator, plugin),
         unsharded=unsharded,
+        inventory=taken,
     )
     buffers = getattr(policy, "buffer_dtype", None)
     for item in plan.ignored:
@@ -218,7 +223,7 @@ def set_flags(prepared: Prepared, plugin: FullyShardedDataParallelPlugin, explic
         # FSDP1 would round RoPE tables and projections in place, FSDP2 the loss: None leaves both alone.
         spared = {"buffer_dtype": None} if plan.fsdp_version == 1 else {"output_dtype": None}
         # What FSDP averages of an adapter it averages in fp32, as the rest of it is.
-        reduced = torch.float32 if prepared.sharded and dtype is not None else dtype
+        reduced = torch.float32 if prepared.sharded_names and dtype is not None else dtype
         policy = dataclasses.replace(policy, param_dtype=dtype, reduce_dtype=reduced, **spared)
         plugin.mixed_precision_policy = policy
         setattr(plugin, _POLICY, policy)
@@ -248,7 +253,7 @@ def _wrap_policy(prepared: Prepared, plugin: FullyShardedDataParallelPlugin) -> 
     """Keep FSDP1's units by size to modules that can be units, and add those of full modules that are trained."""
     from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
-    model, wanted = prepared.model(), set(prepared.sharded)
+    model, wanted = prepared.model(), set(prepared.sharded_names)
     plugin.auto_wrap_policy = _users_policy(plugin)
     plugin.set_auto_wrap_policy(model)
     if getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is size_based_auto_wrap_policy:
@@ -256,11 +261,12 @@ def _wrap_policy(prepared: Prepared, plugin: FullyShardedDataParallelPlugin) -> 
         plugin.auto_wrap_policy = functools.partial(_allowed, policy=plugin.auto_wrap_policy, barred=barred)
     if not wanted:
         return
-    names = {id(slot.tensor): slot.name for slot in inventory.named_tensors(model)}
+    named = model.named_parameters(remove_duplicate=False)
+    sharded = {id(parameter) for name, parameter in named if canonical(name) in wanted}
     own = frozenset(
         id(module)
         for module in inventory.copied_modules(model)
-        if any(names[id(parameter)] in wanted for parameter in module.parameters())
+        if any(id(parameter) in sharded for parameter in module.parameters())
     )
     plugin.auto_wrap_policy = functools.partial(_or_own, policy=plugin.auto_wrap_policy, own=own)
 

@@ -9,7 +9,8 @@ from typing import Any
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, PlanError
 from trainer_fsdp_patch.inspecting import inventory
-from trainer_fsdp_patch.planning import budget, planning
+from trainer_fsdp_patch.planning import budget
+from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_for
 from trainer_fsdp_patch.preparing import base_weights, fsdp_plugin, later
 from trainer_fsdp_patch.saving import adapter_state
@@ -46,38 +47,45 @@ def prepare(trainer: Any, model: Any, *, training: bool = False) -> Prepared | N
         if training:
             later.take_up(prepared, accelerator.device)
         return prepared
+    if not native:
+        refuse_wrapped(model)
+    taken = inventory.take(model)
     if native:
         why = "transformers has sharded the base, and shards no adapter"
-        plan = planning.make_plan(model, mixed_precision=accelerator.mixed_precision, unsharded=why)
-        return settle(accelerator, Prepared(model, plan, [None], native=True))
-    refuse_wrapped(model)
+        plan = make_plan(model, mixed_precision=accelerator.mixed_precision, unsharded=why, inventory=taken)
+        return settle(accelerator, Prepared(model, plan, [None], taken, native=True), taken)
     plugin = accelerator.state.fsdp_plugin
     fsdp_plugin.warn_of_flag(plugin, trainer.args.fsdp_config or {})
     explicit = fsdp_plugin.explicit_policy(accelerator, plugin)
     why = elementwise.why_not(trainer, fsdp_plugin.version_of(plugin), budget.settings.adapter_placement)
-    plan = fsdp_plugin.plan_for(model, accelerator, plugin, explicit, why)
-    prepared = settle(accelerator, Prepared(model, plan, data_parallel_groups(accelerator)))
+    plan = fsdp_plugin.plan_for(model, accelerator, plugin, explicit, why, taken)
+    prepared = settle(accelerator, Prepared(model, plan, data_parallel_groups(accelerator), taken), taken)
     fsdp_plugin.set_flags(prepared, plugin, explicit)
     optimizer_groups.separate(trainer)
     return prepared
 
 
-def settle(accelerator: Any, prepared: Prepared) -> Prepared:
+def settle(accelerator: Any, prepared: Prepared, taken: inventory.Inventory) -> Prepared:
     """Have all ranks hold the same adapter, and keep the record.
+
+    Args:
+        accelerator: the run's.
+        prepared: the model's record.
+        taken: the model's inventory.
 
     Raises:
         AdapterError: the ranks do not hold the same adapter.
     """
     with collectives.told():
-        return _settle(accelerator, prepared)
+        return _settle(accelerator, prepared, taken)
 
 
-def _settle(accelerator: Any, prepared: Prepared) -> Prepared:
+def _settle(accelerator: Any, prepared: Prepared, taken: inventory.Inventory) -> Prepared:
     model, plan = prepared.model(), prepared.plan
     agree(prepared)
-    base_weights.synchronize(prepared, accelerator)
+    base_weights.synchronize(prepared, accelerator, taken)
     adapter_state.expect(model, prepared)
-    materialize(prepared, accelerator.device)
+    materialize(prepared, accelerator.device, taken)
     steps.watch(prepared, accelerator)
     keep(model, prepared)
     if accelerator.is_main_process:
@@ -158,17 +166,17 @@ def _plain(value: Any) -> str:
     )
 
 
-def materialize(prepared: Prepared, device: Any) -> None:
+def materialize(prepared: Prepared, device: Any, taken: inventory.Inventory) -> None:
     """Move what FSDP ignores to the device and give every rank rank 0's bits, objects unchanged.
 
     Quantized layers are moved with their module, which keeps their quantization state, and are not
     broadcast: every rank has loaded the same ones.
     """
-    model = prepared.model()
-    for slot in inventory.named_tensors(model):
+    for slot in taken.slots:
         if prepared.roles.get(slot.name) == inventory.QUANTIZED and slot.tensor.device != device:
             slot.module.to(device)
-    prepared.refresh()
+    taken = taken.reread()
+    prepared.hold(taken)
     shared = []
     for name, tensor in zip(prepared.names, prepared.tensors, strict=True):
         if prepared.roles[name] == inventory.QUANTIZED:
@@ -179,8 +187,8 @@ def materialize(prepared: Prepared, device: Any) -> None:
             tensor.data = tensor.data.to(device)
         shared.append(tensor)
     collectives.broadcast(shared)
-    for slot in inventory.named_tensors(model) if prepared.sharded else ():
-        if slot.name in prepared.sharded and not slot.tensor.is_meta:
+    for slot in taken.slots if prepared.sharded_names else ():
+        if slot.name in prepared.sharded_names and not slot.tensor.is_meta:
             # One at a time: they are sharded because each rank has no room for all.
             full = slot.tensor.data.to(device)
             collectives.broadcast([full])

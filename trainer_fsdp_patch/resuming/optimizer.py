@@ -129,7 +129,7 @@ def _hold(prepared: Prepared, state_dict: StateDict | None, *, numbers: bool) ->
         import torch
 
         if isinstance(value, torch.Tensor):
-            wraps = _is_wrapped(value) and canonical(name) not in prepared.sharded
+            wraps = _is_wrapped(value) and canonical(name) not in prepared.sharded_names
             return _held(value) if wraps else value
         return _held(value) if numbers else value
 

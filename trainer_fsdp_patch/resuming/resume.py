@@ -129,8 +129,8 @@ def load_model_state_dict(
     state = _LOADING.get()
     if state is None or state.prepared is not prepared:
         state = None
-    if prepared.sharded and state is None:
-        raise _refused(prepared.sharded[0], "is sharded, and was asked for by Accelerator.load_state")
+    if prepared.sharded_names and state is None:
+        raise _refused(prepared.sharded_names[0], "is sharded, and was asked for by Accelerator.load_state")
     try:
         _copy_in(model, prepared, state_dict, {} if state is None else state.read)
     except AdapterError as error:

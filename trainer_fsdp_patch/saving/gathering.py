@@ -26,7 +26,7 @@ def full_tensors(model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor
         prepared: its record.
     """
     full: dict[str, torch.Tensor] = {}
-    if prepared.sharded:
+    if prepared.sharded_names:
         with _summoned(model, writeback=False):
             for name, tensor in _named(model, prepared):
                 with collectives.collective("gathering of the adapter"):
@@ -67,14 +67,14 @@ def own_units(model: nn.Module) -> list[FullyShardedDataParallel]:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     prepared = prepared_for(model)
-    if prepared is None or not prepared.sharded or prepared.plan.fsdp_version != 1:
+    if prepared is None or not prepared.sharded_names or prepared.plan.fsdp_version != 1:
         return []
-    units = []
-    for name, module in unwrap(model).named_modules():
-        prefix = f"{canonical(name)}."
-        if isinstance(module, FullyShardedDataParallel) and any(item.startswith(prefix) for item in prepared.sharded):
-            units.append(module)
-    return units
+    wrapped = [
+        (f"{canonical(name)}.", module)
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, FullyShardedDataParallel)
+    ]
+    return [module for prefix, module in wrapped if any(name.startswith(prefix) for name in prepared.sharded_names)]
 
 
 def names_of(module: nn.Module, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
@@ -118,7 +118,7 @@ def scatter(model: nn.Module, prepared: Prepared, values: dict[str, torch.Tensor
     """
     import torch
 
-    wanted = collectives.all_gather_object(sorted(values), "load of a checkpoint")[0] if prepared.sharded else []
+    wanted = collectives.all_gather_object(sorted(values), "load of a checkpoint")[0] if prepared.sharded_names else []
     if not wanted:
         return
     with torch.no_grad(), _summoned(model, writeback=True):
@@ -154,13 +154,13 @@ def part(tensor: DTensor, value: torch.Tensor) -> torch.Tensor:
 
 def _named(model: nn.Module, prepared: Prepared) -> list[tuple[str, torch.Tensor]]:
     """In the order of the plan, which all ranks share."""
-    wanted = set(prepared.sharded)
+    wanted = set(prepared.sharded_names)
     sharded = {
         canonical(name): tensor
         for name, tensor in unwrap(model).named_parameters(remove_duplicate=False)
         if canonical(name) in wanted
     }
-    return [(name, sharded[name]) for name in prepared.sharded if name in sharded]
+    return [(name, sharded[name]) for name in prepared.sharded_names if name in sharded]
 
 
 def make_root(model: nn.Module) -> None:

@@ -28,7 +28,7 @@ class Setup:
         placement: adapter_placement of `patch()`.
         quantizer: another one than bitsandbytes, for the tests' own loader.
         use_orig_params, activation_checkpointing, ram_efficient: of FSDP.
-        sharded: whether checkpoints are SHARDED_STATE_DICT.
+        sharded_checkpoint: whether checkpoints are SHARDED_STATE_DICT.
         accumulation, checkpointing, clip, optim: of the Trainer; clip is max_grad_norm.
         save_steps: a resume checkpoint is written after so many steps; 0 is never.
         resume: resume checkpoint to start from, or "".
@@ -45,7 +45,7 @@ class Setup:
     use_orig_params: bool = True
     activation_checkpointing: bool = False
     ram_efficient: bool = False
-    sharded: bool = False
+    sharded_checkpoint: bool = False
     accumulation: int = 1
     checkpointing: bool = False
     clip: float = 1.0

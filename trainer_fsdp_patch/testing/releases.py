@@ -54,7 +54,7 @@ def tokens() -> dict[str, object]:
 
 def state_dict_type(setup: Setup) -> str:
     """What a set-up's checkpoints hold; accelerate 1.6 knows no full ones under FSDP2."""
-    sharded = setup.sharded or (setup.fsdp == 2 and not at_least("accelerate", "1.7.0"))
+    sharded = setup.sharded_checkpoint or (setup.fsdp == 2 and not at_least("accelerate", "1.7.0"))
     return "SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT"
 
 

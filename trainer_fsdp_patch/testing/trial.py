@@ -200,7 +200,7 @@ def train(
     torch.manual_seed(0)
     model = configure(getattr(configure, "load", load_base)(base, setup))
     nudge(model)
-    recorder = _recorder(inventory.take(model))
+    recorder = _recorder(inventory.take(model).tensors())
     trainer = _trainer(recorder)(
         model=model,
         args=given,

@@ -19,10 +19,10 @@ def separate(trainer: Trainer) -> None:
             that is trained.
     """
     prepared, optimizer = prepared_by(trainer), trainer.optimizer
-    if prepared is None or optimizer is None or not prepared.sharded or prepared.plan.fsdp_version == 1:
+    if prepared is None or optimizer is None or not prepared.sharded_names or prepared.plan.fsdp_version == 1:
         return
     parameters = {canonical(name): item for name, item in trainer.model.named_parameters(remove_duplicate=False)}
-    ours = {id(parameters[name]) for name in prepared.sharded}
+    ours = {id(parameters[name]) for name in prepared.sharded_names}
     for group in list(optimizer.param_groups):
         mine = [item for item in group["params"] if id(item) in ours]
         if mine and len(mine) < len(group["params"]):

@@ -120,7 +120,7 @@ def before_step(prepared: Prepared, optimizer: torch.optim.Optimizer) -> None:
     if (id(optimizer), len(stepped)) not in steps.optimizers:
         _refuse_unknown(prepared, stepped)
         if not prepared.shards().isdisjoint(map(id, stepped)):
-            elementwise.refuse(optimizer, prepared.sharded[0], prepared.plan.fsdp_version)
+            elementwise.refuse(optimizer, prepared.sharded_names[0], prepared.plan.fsdp_version)
         steps.optimizers.add((id(optimizer), len(stepped)))
     pending = steps.averaging.pending
     if pending and not pending.isdisjoint(map(id, stepped)):

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from trainer_fsdp_patch.errors import PlanError
-from trainer_fsdp_patch.inspecting import inventory
-from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, TensorInfo
+from trainer_fsdp_patch.inspecting.inventory import (
+    ADAPTER,
+    BASE,
+    PROJECTION,
+    QUANTIZED,
+    Inventory,
+    TensorInfo,
+    copied_modules,
+    take,
+)
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning import budget, expecting
+from trainer_fsdp_patch.planning.ignored_modules import names_of
 
 SHARD, REPLICATE = "shard", "replicate"
 _AMP = {"no": None, "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
@@ -110,6 +118,7 @@ def make_plan(
     adapter_budget: int | None = None,
     ranks: int = 1,
     unsharded: str = "",
+    inventory: Inventory | None = None,
 ) -> Plan:
     """Plan for one model; the model is read and not changed.
 
@@ -126,6 +135,7 @@ def make_plan(
             optimizer state; None is what `patch()` was given.
         ranks: over which FSDP shards.
         unsharded: why no trainable tensor may be sharded, or "".
+        inventory: of the model, where it was taken already.
 
     Returns:
         The plan.
@@ -135,8 +145,9 @@ def make_plan(
     """
     amp = _known("mixed_precision", mixed_precision, _AMP)
     _known("fsdp_version", fsdp_version, {1: None, 2: None})
-    tensors = inventory.take(model)
-    users = user_ignored(model, ignored_modules)
+    inventory = inventory or take(model)
+    tensors = inventory.tensors()
+    users = names_of(model, ignored_modules, inventory)
     roots = _roots(model, units)
     odd = odd_dtypes(tensors, roots) if fsdp_version == 1 else {}
     odd |= shared_by_units(tensors, roots)
@@ -145,7 +156,7 @@ def make_plan(
         budget.settings.adapter_budget if adapter_budget is None else adapter_budget,
     )
     budget.check_settings(asked.adapter_placement, asked.adapter_budget)
-    barred = budget.cannot_shard(tensors, fsdp_version, _homes(model, roots), inventory.copies(model))
+    barred = budget.cannot_shard(tensors, fsdp_version, _homes(model, roots), _copies(model, inventory))
     barred |= dict.fromkeys(users, "it is ignored")
     if fsdp_version == 1 and use_orig_params is False:
         unsharded = unsharded or "use_orig_params=False hides its name"
@@ -207,69 +218,9 @@ def shardable(tensor: TensorInfo) -> bool:
     return tensor.dtype in ("float32", "bfloat16", "float16")
 
 
-def user_ignored(model: Any, ignored: str | Iterable[Any] | None) -> set[str]:
-    """Canonical names of the parameters in the user's ignored modules.
-
-    Raises:
-        PlanError: an entry is no module of this model, or the expression is broken or matches nothing.
-    """
-    if ignored is None:
-        return set()
-    modules = {canonical(name): module for name, module in model.named_modules()}
-    if isinstance(ignored, str):
-        chosen = _matching(modules, ignored)
-    else:
-        chosen = modules_only(ignored)
-        inside = {id(module) for module in modules.values()}
-        strangers = [module for module in chosen if id(module) not in inside]
-        if strangers:
-            _refuse_ignored(f"{type(strangers[0]).__name__} is no module of the model that is trained")
-    wanted = {id(parameter) for module in chosen for parameter in module.parameters()}
-    return {slot.name for slot in inventory.named_tensors(model) if id(slot.tensor) in wanted}
-
-
-def _matching(modules: dict[str, Any], text: str) -> list[Any]:
-    chosen = [module for name, module in modules.items() if expression(text).fullmatch(name)]
-    if not chosen:
-        _refuse_ignored(f"{text!r} matches the full name of no module")
-    return chosen
-
-
-def expression(text: str) -> re.Pattern[str]:
-    """The user's regular expression of module names.
-
-    Raises:
-        PlanError: it is none.
-    """
-    try:
-        return re.compile(text)
-    except re.error as error:
-        _refuse_ignored(f"{text!r} is no regular expression ({error})")
-
-
-def modules_only(ignored: Iterable[Any]) -> list[Any]:
-    """The user's ignored modules as a list.
-
-    Raises:
-        PlanError: an entry is something else than a module.
-    """
-    from torch import nn
-
-    ignored = list(ignored)
-    for entry in ignored:
-        if not isinstance(entry, nn.Module):
-            _refuse_ignored(f"{entry!r} is a {type(entry).__name__} and no module")
-    return ignored
-
-
-def _refuse_ignored(found: str) -> NoReturn:
-    raise PlanError(
-        "ignored_modules",
-        found,
-        "FSDP would shard what was to be ignored",
-        "Give modules of the model after the adapter was added, or an expression of their full names",
-        setting="ignored_modules",
-    )
+def _copies(model: Any, inventory: Inventory) -> set[str]:
+    """Names of the parameters of modules that are trained in place of the base's."""
+    return inventory.names_of(parameter for module in copied_modules(model) for parameter in module.parameters())
 
 
 def _roots(model: Any, units: Iterable[str] | None) -> list[str]:

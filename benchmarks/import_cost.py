@@ -1,0 +1,60 @@
+"""What `import trainer_fsdp_patch; patch()` costs a program over `import wrapt`.
+
+    python benchmarks/import_cost.py [--rounds 7] [--most 25]
+
+Each round starts a new interpreter for each line, in turn, with compiled modules at hand. Prints the median wall time
+of each and what it costs over `import wrapt`. `patch()` is put off until a target is about to be imported: the last
+line is what that import pays once. Ends with 1 where the second line costs more than `--most` milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+LINES = {
+    "bare interpreter": "pass",
+    "import wrapt": "import wrapt",
+    "import wrapt, patch()": "import wrapt, trainer_fsdp_patch; trainer_fsdp_patch.patch()",
+    "the same, states read": "import wrapt, trainer_fsdp_patch; list(trainer_fsdp_patch.patch())",
+}
+
+
+def milliseconds(code, environment):
+    """Wall time of one new interpreter that runs some code."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    return (time.perf_counter() - start) * 1e3
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--most", type=float, default=25.0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as cache:
+        # Where bytecode is not written, all that is measured is Python's compiler.
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        environment["PYTHONPYCACHEPREFIX"] = cache
+        for code in LINES.values():
+            milliseconds(code, environment)
+        rounds = [{name: milliseconds(code, environment) for name, code in LINES.items()} for _ in range(given.rounds)]
+    medians = {name: statistics.median(item[name] for item in rounds) for name in LINES}
+    over = {name: value - medians["import wrapt"] for name, value in medians.items()}
+    table = Table("program", "median ms", "over import wrapt")
+    for name, value in medians.items():
+        table.add_row(name, f"{value:.1f}", f"{over[name]:+.1f}")
+    Console().print(table)
+    return int(over["import wrapt, patch()"] > given.most)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

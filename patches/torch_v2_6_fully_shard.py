@@ -1,0 +1,20 @@
+"""Keeps modules that cannot be units of FSDP2, such as containers and tied embeddings, in the unit around them.
+
+Upstream: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/fsdp/_fully_shard/_fully_shard.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer_fsdp_patch import gates
+from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.preparing import fsdp2
+
+patch = Patch(__name__, versions="torch>=2.6.dev0", target="torch.distributed.fsdp")
+
+
+@patch.wrap("fully_shard", "module", "...", only=gates.sharding)
+def take_what_can_be_a_unit(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hand on what can be a unit while accelerate shards a planned model."""
+    return fsdp2.fully_shard(wrapped, *args, **kwargs)
