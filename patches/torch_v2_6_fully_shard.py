@@ -5,16 +5,19 @@ Upstream: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/fsdp
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.preparing import fsdp2
 
+if TYPE_CHECKING:
+    from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
+
 patch = Patch(__name__, versions="torch>=2.6.dev0", target="torch.distributed.fsdp")
 
 
 @patch.wrap("fully_shard", "module", "...", only=gates.sharding)
-def take_what_can_be_a_unit(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def take_what_can_be_a_unit(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
     """Hand on what can be a unit while accelerate shards a planned model."""
     return fsdp2.fully_shard(wrapped, *args, **kwargs)

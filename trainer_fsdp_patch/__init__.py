@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import nn
+
     from trainer_fsdp_patch.patching.registry import Status
     from trainer_fsdp_patch.planning.plan import Plan
 
@@ -82,7 +84,7 @@ def status() -> list[Status]:
     return registry.status()
 
 
-def plan(model: Any, **settings: Any) -> Plan:
+def plan(model: nn.Module, **settings: Any) -> Plan:
     """What will be sharded and what replicated when a model is trained, and why.
 
     Args:

@@ -173,7 +173,7 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def average_gradients(parameters: Sequence[torch.nn.Parameter], groups: Sequence[ProcessGroup | None]) -> int:
+def average_gradients(parameters: Sequence[torch.Tensor], groups: Sequence[ProcessGroup | None]) -> int:
     """Average the gradients of replicated parameters over the data-parallel ranks, in place.
 
     A parameter without a gradient on this rank counts as zero where another rank has one. So all ranks pass the same

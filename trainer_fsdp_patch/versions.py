@@ -67,8 +67,8 @@ def matches(requirement: str, version: Version) -> bool:
 
 def at_least(package: str, release: str) -> bool:
     """Whether the installed release of a package is `release` or newer."""
-    found = installed(package)
-    return found is not None and matches(f"{package}>={release}", found)
+    version = installed(package)
+    return version is not None and matches(f"{package}>={release}", version)
 
 
 def newer_than_tested(package: str) -> bool:

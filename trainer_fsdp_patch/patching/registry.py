@@ -9,13 +9,12 @@ import os
 import pkgutil
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.errors import PatchError, TrainerFsdpPatchWarning, message
+from trainer_fsdp_patch.errors import PatchError, message, warn, warn_text
 from trainer_fsdp_patch.patching import hooks, prewrapped, wrapping
 from trainer_fsdp_patch.patching.awaiting import DISABLE
 
@@ -131,8 +130,8 @@ class Patch:
 
         Said once for each seam. Where one cannot be wrapped again, the patch stands back whole from this run.
         """
-        found = [_reclaimed(item, seam) for item in self._required if item.vital for seam in item.seams]
-        return all(found)
+        standing = [_reclaimed(item, seam) for item in self._required if item.vital for seam in item.seams]
+        return all(standing)
 
     @functools.cached_property
     def _required(self) -> list[Patch]:
@@ -170,12 +169,12 @@ def discover() -> dict[str, Patch]:
         PatchError: two patches claim the same seam for overlapping releases.
     """
     package = importlib.import_module(PACKAGE)
-    found = {}
+    patches = {}
     for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
         patch = importlib.import_module(f"{PACKAGE}.{info.name}").patch
-        found[patch.name] = patch
-    refuse_overlaps(found.values())
-    return found
+        patches[patch.name] = patch
+    refuse_overlaps(patches.values())
+    return patches
 
 
 def refuse_overlaps(patches: Iterable[Patch]) -> None:
@@ -267,7 +266,7 @@ def _warn_late(late: str, strict: bool) -> None:
     )
     if strict:
         raise PatchError(text, found=late)
-    warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=4)
+    warn_text(text)
 
 
 def _reclaimed(item: Patch, seam: wrapping.Seam) -> bool:
@@ -281,10 +280,10 @@ def _reclaimed(item: Patch, seam: wrapping.Seam) -> bool:
     except PatchError as error:
         why = f"The patches stand back from this run: {error}"
         remedy = "Leave their function out, or do not call patch()"
-        warnings.warn(message(place, f"{owner} has replaced it", why, remedy), TrainerFsdpPatchWarning, stacklevel=2)
+        warn(place, f"{owner} has replaced it", why, remedy)
         return False
     text = message(place, f"{owner} has replaced it", "It is wrapped again, theirs inside", "Call patch() after theirs")
-    warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=2)
+    warn_text(text)
     return True
 
 
@@ -316,7 +315,7 @@ def _apply(item: Patch, module: ModuleType) -> None:
         )
         if item.strict:
             raise PatchError(text, patch=item.name, found=str(error)) from error
-        warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=2)
+        warn_text(text)
         return
     item.state, item.reason = APPLIED, ""
     if untested:
@@ -331,7 +330,7 @@ def _warn_untested(package: str, version: str) -> None:
         "The seams have the signatures that the patches know, so the patches are applied",
         "Run `python -m trainer_fsdp_patch check` to see that they hold",
     )
-    warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=3)
+    warn_text(text)
 
 
 def unpatch() -> None:

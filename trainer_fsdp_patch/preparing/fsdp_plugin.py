@@ -31,11 +31,7 @@ _POLICY = "_trainer_fsdp_patch_policy"
 
 
 def version_of(plugin: FullyShardedDataParallelPlugin) -> int:
-    """FSDP's version.
-
-    Args:
-        plugin: accelerate's FullyShardedDataParallelPlugin.
-    """
+    """FSDP's version."""
     # until accelerate 1.6: it knows the first one only
     return int(getattr(plugin, "fsdp_version", 1))
 
@@ -92,21 +88,13 @@ def explicit_policy(accelerator: Accelerator, plugin: FullyShardedDataParallelPl
 
 
 def user_ignored(plugin: FullyShardedDataParallelPlugin) -> str | Iterable[nn.Module] | None:
-    """The user's ignored modules, also after we have put ours next to them.
-
-    Args:
-        plugin: accelerate's FullyShardedDataParallelPlugin.
-    """
+    """The user's ignored modules, also after we have put ours next to them."""
     ours, users = getattr(plugin, _IGNORED, (None, None))
     return users if ours is not None and plugin.ignored_modules is ours else plugin.ignored_modules
 
 
 def unit_classes(plugin: FullyShardedDataParallelPlugin) -> Sequence[str] | None:
-    """Class names of the units; None for the model's own, and none at all where units go by size.
-
-    Args:
-        plugin: accelerate's FullyShardedDataParallelPlugin.
-    """
+    """Class names of the units; None for the model's own, and none at all where units go by size."""
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     given = _users_policy(plugin)
