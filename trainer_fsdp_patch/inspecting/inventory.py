@@ -22,15 +22,15 @@ ADAPTER, PROJECTION, QUANTIZED, BASE = "adapter", "projection", "quantized", "ba
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One parameter or buffer, found once however many modules share it.
+    """One parameter or buffer, taken once however many modules share it.
 
     Attributes:
         name: first canonical name; names: all of them.
         kind: "parameter" or "buffer".
-        role: adapter (trainable), projection (frozen tensor that the adapter owns), quantized (base
-            weight that is not plain floating point) or base.
+        role: adapter (trainable), projection (frozen, owned by the adapter), quantized (base weight that is not plain
+            floating point) or base.
         module: canonical name of the module that holds it under `name`.
-        shape: of the whole tensor; nbytes: of the whole tensor.
+        shape: of the full tensor; nbytes: of the full tensor.
         dtype: as stored; the class of a tensor that only looks like floating point, such as torchao's.
         trainable: whether it requires a gradient; owned: whether it sits in a module of the adapter.
         persistent: whether state dicts have it, as they have all parameters.
@@ -85,8 +85,8 @@ def is_unwrapped_adapter(model: nn.Module) -> bool:
 def is_saved_alone(model: nn.Module) -> bool:
     """Whether upstream's save of a model writes its adapter and nothing of the base.
 
-    peft's own models and those of transformers' `add_adapter` are saved so; a base into which a user has injected an
-    adapter, and a mixed model, are written tensor by tensor.
+    peft's own models and those of transformers' `add_adapter` are saved so. A base into which a user has injected an
+    adapter is written tensor by tensor, as is a mixed model.
 
     Args:
         model: a bare one.
@@ -140,8 +140,8 @@ class Slot(NamedTuple):
 def named_tensors(model: nn.Module) -> Iterator[Slot]:
     """Every slot of a model that holds a tensor, breadth first.
 
-    A tensor that several modules share comes once for each module object; a module that is a child
-    of several others comes once, under its first name.
+    A tensor that several modules share comes once for each module object. A module that is a child of several others
+    comes once, under its first name.
     """
     seen = set()
     # What the base reaches comes first: an adapter may refer to a base module, as prompt learning does to embeddings.
@@ -207,7 +207,7 @@ def tuners(model: nn.Module) -> set[nn.Module]:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's that works with a layer of the base; no model, wrapper or container is one."""
+    """Whether a module is one of PEFT's that works with a layer of the base. No model, wrapper or container is."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     containers = tuple(container for container, child in _containers() if child != "base_layer")
@@ -259,9 +259,9 @@ def nbytes_of(tensor: torch.Tensor) -> int:
 
 
 class Inventory(NamedTuple):
-    """What one walk of a model has found.
+    """What one walk of a model gives.
 
-    It refers to full tensors of the base: who keeps it longer than FSDP takes to shard them keeps them in memory.
+    It refers to full tensors of the base. Who keeps it longer than FSDP takes to shard them keeps them in memory.
 
     Attributes:
         slots: all that hold a tensor, breadth first.

@@ -1,6 +1,6 @@
 """Puts `patch()` off until the first of its targets is about to be imported.
 
-A program that imports none of them pays for this module alone: no patch, no wrapt and no packaging is loaded.
+A program that imports none of them pays for this module alone. No patch, no wrapt and no packaging is loaded.
 """
 
 from __future__ import annotations

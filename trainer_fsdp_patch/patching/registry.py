@@ -32,8 +32,8 @@ class Status:
 
     Attributes:
         name: module name below `patches/`.
-        state: unused (patch() was not called), waiting (its target is not imported yet), applied,
-            skipped (does not concern what is installed, or was switched off), or failed.
+        state: unused (patch() was not called), waiting (its target is not imported yet), applied, skipped or failed.
+            Skipped are those that do not concern what is installed, or were switched off.
         reason: why, in one sentence, or "".
         versions: range of releases that the patch repairs.
         fixed_in: upstream release that made it unnecessary, or "".
@@ -58,18 +58,18 @@ class Patch:
     """Declaration of one patch, made once at the top of its module.
 
     Args:
-        module: `__name__` of the patch module; its docstring gives the effect and, behind
-            `Upstream: `, the address of the source or issue.
-        versions: PEP 440 range of the releases that have the fault, such as
-            `accelerate>=1.6.dev0,<1.15.dev0`; the one declaration of that range.
+        module: `__name__` of the patch module. Its docstring gives the effect and, behind `Upstream: `, the address of
+            the source or issue.
+        versions: PEP 440 range of the releases that have the fault, such as `accelerate>=1.6.dev0,<1.15.dev0`. It is
+            declared here alone.
         target: module to wait for; never imported by us.
         fixed_in: release that repaired the fault, or None while upstream is open.
         needs: names of patches without which this one would do harm.
         alongside: the same, of patches that do not concern every supported release.
-        vital: whether a plan is wrong without it, so that a function that was put in its place matters at once; others
-            may be replaced by somebody's own that calls them.
-        witness: upstream function whose body has the fault, where that is not a wrapped one; it is watched
-            by `seams`, and the range is held against it.
+        vital: whether a plan is wrong without it, so that a function put in its place matters at once. Others may be
+            replaced by somebody's own that calls them.
+        witness: upstream function whose body has the fault, where that is not a wrapped one. `seams` watches it, and
+            the range is held against it.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Patch:
     def stands(self) -> bool:
         """Whether the vital patches among those that it needs are in place; what was assigned over is wrapped again.
 
-        Said once for each seam. Where one cannot be wrapped again, the patch stands back whole from this run.
+        Said once for each seam. Where one cannot be wrapped again, all of the patch stands back from this run.
         """
         standing = [_reclaimed(item, seam) for item in self._required if item.vital for seam in item.seams]
         return all(standing)

@@ -121,7 +121,7 @@ class Seam:
 
     Args:
         path: dotted path inside the target module, such as `Trainer._wrap_model`.
-        parameters: names of the parameters of the upstream function, in order; "..." at the end is any others, which
+        parameters: names of the parameters of the upstream function, in order. "..." at the end is any others, which
             the wrapper hands on unread.
         function: wrapper in wrapt's four-argument form.
         enabled: asked at each call whether the wrapper is to act.

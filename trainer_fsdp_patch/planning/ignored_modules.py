@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 def names_of(model: nn.Module, ignored: str | Iterable[nn.Module] | None, inventory: Inventory) -> set[str]:
     """Canonical names of the parameters in the user's ignored modules.
 
+    Args:
+        model: before FSDP takes it.
+        ignored: modules, a regular expression of their full names, or None.
+        inventory: of the model.
+
     Raises:
         PlanError: an entry is no module of this model, or the expression is broken or matches nothing.
     """

@@ -42,7 +42,7 @@ class Placement:
 
     @property
     def is_ignored(self) -> bool:
-        """Whether the tensor has to be kept out of FSDP's hands; base buffers that no state dict has are left to it."""
+        """Whether the tensor has to be kept out of FSDP. Base buffers that no state dict has are left to it."""
         buffer = self.tensor.role == BASE and self.tensor.kind == "buffer"
         return self.placement == REPLICATE and not (buffer and not self.tensor.persistent)
 
@@ -59,7 +59,7 @@ class Plan:
         autocast: dtype of the autocast around the forward, as a name, or None.
         reasons: one sentence for each flag that differs from what was asked, and one for trainable tensors that are
             sharded.
-        units: the expected units of FSDP and what each shards, the root first; None where they do not go by class.
+        units: the expected units of FSDP and what each shards, the root first. None where they do not go by class.
     """
 
     fsdp_version: int
@@ -81,7 +81,7 @@ class Plan:
         return tuple(item for item in self.placements if item.tensor.role == ADAPTER and item.placement == SHARD)
 
     def nbytes(self, placement: str, role: str | None = None) -> int:
-        """Bytes of all tensors with a placement and, where given, a role; each rank holds the replicated ones whole."""
+        """Bytes of all tensors with a placement and, where given, a role; each rank holds all replicated ones."""
         return sum(
             item.tensor.nbytes
             for item in self.placements
@@ -89,7 +89,7 @@ class Plan:
         )
 
     def costs(self) -> list[str]:
-        """For each reason to keep base parameters whole, the MiB that this costs each rank."""
+        """For each reason to replicate base parameters, the MiB that this costs each rank."""
         costs: Counter[str] = Counter()
         for item in self.placements:
             if (
@@ -138,7 +138,7 @@ def make_plan(
         units: class names of the modules that become FSDP units; None is the model's `_no_split_modules`.
         adapter_placement: "auto", "replicate" or "shard", for trainable tensors; None is what `patch()` was given.
         adapter_budget: bytes that a replicated adapter may cost each rank under "auto", with its gradients and its
-            optimizer state; None is what `patch()` was given.
+            optimizer state. None is what `patch()` was given.
         ranks: over which FSDP shards.
         unsharded: why no trainable tensor may be sharded, or "".
         inventory: of the model, where it was taken already.
@@ -170,7 +170,7 @@ def make_plan(
         barred |= dict.fromkeys((tensor.name for tensor in tensors), unsharded)
     large, said = budget.choose_sharded(tensors, barred, asked, ranks)
     # One table for both: `odd` has frozen tensors, which it keeps replicated, and `large` trainable ones to shard.
-    # No name is in both, and `_decide` asks for the role of a tensor before it asks what its entry means.
+    # No name is in both, and `_decide` asks for the role of a tensor before it reads the entry.
     placements = tuple(_decide(tensor, users, odd | large, fsdp_version) for tensor in tensors)
     if not any(item.placement == SHARD for item in placements):
         raise PlanError(
@@ -242,7 +242,7 @@ def _unit(name: str, roots: list[str]) -> str:
 
 
 def _homes(model: nn.Module, roots: list[str]) -> dict[str, set[str]]:
-    """The units that each parameter is reached in, by each of its names; a module may be a child of several."""
+    """The units that each parameter is reached in, by each of its names. A module may be a child of several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(canonical(name))
@@ -250,7 +250,12 @@ def _homes(model: nn.Module, roots: list[str]) -> dict[str, set[str]]:
 
 
 def shared_by_units(tensors: list[TensorInfo], roots: list[str]) -> dict[str, str]:
-    """Frozen parameters that several FSDP units share, as LoRA's layer_replication has them, with the reason."""
+    """Frozen parameters that several FSDP units share, as LoRA's layer_replication has them, with the reason.
+
+    Args:
+        tensors: of the model.
+        roots: canonical names of the modules that become units.
+    """
     shared = {}
     for tensor in tensors:
         units = sorted({_unit(name, roots) for name in tensor.names})
@@ -262,7 +267,11 @@ def shared_by_units(tensors: list[TensorInfo], roots: list[str]) -> dict[str, st
 def odd_dtypes(tensors: list[TensorInfo], roots: list[str]) -> dict[str, str]:
     """Frozen parameters whose dtype is not the prevailing one of their FSDP1 unit, with the reason.
 
-    FSDP1 flattens a unit into one tensor, so it takes one dtype only; the smaller part stays whole.
+    FSDP1 flattens a unit into one tensor, so it takes one dtype only. The smaller part stays replicated.
+
+    Args:
+        tensors: of the model.
+        roots: canonical names of the modules that become units.
     """
     groups: dict[str, list[TensorInfo]] = {}
     for tensor in tensors:

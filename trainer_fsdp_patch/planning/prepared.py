@@ -110,7 +110,7 @@ class Prepared:
         return dict(newcomers.values())
 
     def shards(self) -> set[int]:
-        """Trainable parameters of which this rank has a part, by identity."""
+        """Trainable parameters that this rank has a part of, by identity."""
         named = self.model().named_parameters() if self.sharded_names else ()
         return {id(parameter) for name, parameter in named if self.is_sharded(name)}
 
@@ -129,7 +129,7 @@ def prepared_for(model: object) -> Prepared | None:
 
 
 def prepared_with(module: object) -> Prepared | None:
-    """Record of the planned model that a module is, or is inside of; each module is looked for once a plan."""
+    """Record of the planned model that a module is, or is inside of. Each module is looked for once a plan."""
     own = prepared_for(module)
     if own is not None or not _PREPARED or not inventory.is_module(module):
         return own
@@ -156,7 +156,12 @@ none_prepared: Callable[[], bool] = functools.partial(operator.not_, _PREPARED)
 
 
 def keep(model: nn.Module, prepared: Prepared) -> None:
-    """Remember the record for as long as the model lives."""
+    """Remember the record for as long as the model lives.
+
+    Args:
+        model: bare.
+        prepared: its record.
+    """
     _PREPARED[model] = prepared
     _PARTS.clear()
 
@@ -165,6 +170,9 @@ def in_order(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """The same parameters, those that plans replicate first and as the plans have them.
 
     A sum in another order ends in other last bits; ranks that clip by them drift apart.
+
+    Args:
+        parameters: of any models.
     """
     replicated = [tensor for prepared in _PREPARED.values() for tensor in prepared.tensors]
     places = {id(tensor): place for place, tensor in enumerate(replicated)}

@@ -1,4 +1,4 @@
-"""FSDP2 takes a planned model: what it ignores is hidden, what cannot be a unit is none, and the forward is cast."""
+"""FSDP2 takes a planned model: what it ignores is hidden, impossible units are skipped, the forward is cast."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ _SHARDING: ContextVar[_Sharding | None] = ContextVar("trainer_fsdp_patch_shardin
 
 
 def is_sharding(instance: object, arguments: dict[str, object]) -> bool:
-    """Whether accelerate is sharding a planned model, of which the call is about a part."""
+    """Whether accelerate is sharding a planned model, and the call is about a part of it."""
     return _SHARDING.get() is not None
 
 

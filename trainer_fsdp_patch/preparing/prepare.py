@@ -178,6 +178,11 @@ def materialize(prepared: Prepared, device: torch.device, taken: inventory.Inven
 
     Quantized layers are moved with their module, which keeps their quantization state, and are not
     broadcast: every rank has loaded the same ones.
+
+    Args:
+        prepared: record of the model; it holds the tensors again.
+        device: of the rank.
+        taken: inventory of the model.
     """
     for slot in taken.slots:
         if prepared.roles.get(slot.name) == inventory.QUANTIZED and slot.tensor.device != device:
