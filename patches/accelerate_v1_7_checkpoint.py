@@ -27,5 +27,5 @@ def whole_adapter(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs
 
 @patch.wrap("_set_model_state_dict", "model", "state_dict", "adapter_only", "sd_options", only=gates.model())
 def read_adapter(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
-    """Skip the upstream function for planned models: it takes a part that fits for the whole."""
+    """Skip the upstream function for planned models: it takes a part that fits for the full tensor."""
     return resume.load_model_state_dict(wrapped, *args, **kwargs)

@@ -21,5 +21,5 @@ patch = Patch(__name__, versions="peft>=0.11.dev0", target="peft.config")
 
 @patch.wrap("PeftConfigMixin.save_pretrained", "self", "save_directory", "kwargs", only=gates.any_model)
 def write_beside(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
-    """Write into a folder beside and rename: a full disk would leave an empty file."""
+    """Write into a folder next to the file and rename: a full disk would leave an empty file."""
     return writing.write_folder(wrapped, *args, **kwargs)

@@ -25,5 +25,5 @@ patch = Patch(__name__, versions="torch>=2.2.dev0", target="torch.distributed.fs
     only=gates.around(),
 )  # fmt: skip
 def forward_leaves_it_whole(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
-    """Keep units whole until the context ends; upstream shards them after each forward and then writes that back."""
+    """Keep units full until the context ends. Upstream shards them after each forward and then writes that back."""
     return full_params.summoned(wrapped, *args, **kwargs)

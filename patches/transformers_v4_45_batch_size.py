@@ -26,6 +26,6 @@ patch = Patch(__name__, versions="transformers>=4.45.dev0", target="transformers
     only=gates.finds_batch_size,
 )  # fmt: skip
 def try_again_whole(wrapped: Wrapped, instance: Trainer, args: Args, kwargs: Kwargs) -> object:
-    """After a try that ran out of memory, bring FSDP to where a step begins; on all ranks, or on none."""
+    """Bring FSDP to where a step begins after a try without memory, on all ranks or on none."""
     size = argument(args, kwargs, 0, "batch_size")
     return batch_size.attempt(lambda: wrapped(*args, **kwargs), instance, size)

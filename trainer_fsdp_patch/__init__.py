@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import nn
+
     from trainer_fsdp_patch.patching.registry import Status
     from trainer_fsdp_patch.planning.plan import Plan
 
 __all__ = ["__version__", "patch", "plan", "status", "unpatch"]
 __version__ = "0.1.0"
 
-# In a checkout `patches/` lies beside this package and not in it; style.md 4.1 has the cases.
+# In a checkout `patches/` lies next to this package and not in it; style.md 4.1 has the cases.
 _root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_root, "setup.cfg")):
     __path__.append(_root)
@@ -35,17 +37,17 @@ def patch(
         names: only these patches and what they need; all where none is named.
         strict: raise where a patch that concerns the installed releases cannot be applied, instead of
             one warning. An import of a target can then fail with that error.
-        adapter_placement: "auto" (the default) replicates the adapter and shards the largest trainable tensors of one
-            that does not fit the budget, "replicate" shards none, "shard" all that FSDP can.
-        adapter_budget: bytes that each rank may hold of the replicated adapter, its gradients and its optimizer state
-            under "auto"; 1 GiB, or a rank's share of the base where that is more.
+        adapter_placement: "auto", the default, replicates the adapter. Of one that does not fit the budget it shards
+            the largest trainable tensors. "replicate" shards none, "shard" all that FSDP can.
+        adapter_budget: bytes that each rank may hold under "auto" of the replicated adapter, its gradients and its
+            optimizer state. The default is 1 GiB, or a rank's share of the base where that is more.
 
     Returns:
-        The state of every patch, as `status()` gives it; looked up when it is read, where no target is imported yet.
+        The state of every patch, as `status()` gives it. Where no target is imported yet, it is looked up when read.
 
     Raises:
-        PatchError: a name is unknown, or a patch asked for by name does not concern what is installed
-            or cannot be applied.
+        PatchError: a name is unknown. Or a patch asked for by name does not concern what is installed, or cannot be
+            applied.
         PlanError: a setting is none that is known.
     """
     from trainer_fsdp_patch.patching import awaiting
@@ -82,7 +84,7 @@ def status() -> list[Status]:
     return registry.status()
 
 
-def plan(model: Any, **settings: Any) -> Plan:
+def plan(model: nn.Module, **settings: Any) -> Plan:
     """What will be sharded and what replicated when a model is trained, and why.
 
     Args:

@@ -17,7 +17,12 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes, NaNs included."""
+    """Whether two tensors have the same dtype, shape and bytes, NaNs included.
+
+    Args:
+        one: any dtype and device.
+        other: on the same device.
+    """
     import torch
 
     if (one.dtype, one.shape) != (other.dtype, other.shape):
@@ -34,13 +39,14 @@ _ROW = 256
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """Two sums over the bits of a tensor, weighted by the place in a row and by the row: int64, shape [2].
+    """Two sums over the bits of a tensor, int64, shape [2]. Weights are the place in a row, and the row.
 
     Each is one pass at the speed of memory; both have to collide for a difference to stay unseen.
     """
     import torch
 
     stored = bits(tensor)
+    # Weights are odd: modulo 2**64 no odd number takes a difference to zero, so one changed word always shows.
     device, whole = tensor.device, len(stored) // (8 * _ROW) * 8 * _ROW
     table, rest = stored[:whole].view(torch.int64).view(-1, _ROW), stored[whole:]
     places = torch.arange(1, 2 * max(len(table), _ROW, len(rest)), 2, device=device)

@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments behind the program's name; None takes those of the process.
 
     Returns:
-        The exit code: of `check`, 0 only if every patched cell is right; of `verify` and `repair`, 0 only if
-        nothing is wrong, with the file or with its copy.
+        The exit code. That of `check` is 0 only if every patched cell is right. That of `verify` is 0 only if nothing
+        is wrong with the file, that of `repair` with its copy.
     """
     given = parser().parse_args(argv)
     if given.command in ("verify", "repair"):
@@ -169,10 +169,11 @@ def _status(*, as_json: bool) -> int:
 def markdown(states: Sequence[Status]) -> str:
     """docs/patches.md, from the declarations of the patches."""
     from trainer_fsdp_patch.patching import registry
+    from trainer_fsdp_patch.patching.awaiting import DISABLE
 
-    parts = [PAGE.format(count=len(states), disable=registry.DISABLE)]
+    parts = [PAGE.format(count=len(states), disable=DISABLE)]
     for area in registry.AREAS:
-        parts += [f"## {area}\n", *(_entry(state, registry.DISABLE) for state in states if state.area == area)]
+        parts += [f"## {area}\n", *(_entry(state, DISABLE) for state in states if state.area == area)]
     return "\n".join(parts)
 
 

@@ -63,7 +63,7 @@ def collective(what: str) -> Iterator[None]:
 def told() -> Iterator[None]:
     """Around what all ranks do: one that fails leaves its error where those that wait for it read it.
 
-    Without this the last line of a log is of a rank that was waiting, and says nothing of the cause.
+    Without this the last line of a log is of a rank that was waiting. It says nothing of the cause.
     """
     import torch.distributed as dist
 
@@ -135,12 +135,14 @@ def missing(place: str, patience: float) -> list[int]:
     kept = store() if dist.is_initialized() else None
     if kept is None:
         return []
+    # Keys stay in the store. The number of the visit keeps a second meeting from finding those of the first.
     keys = [f"{place}/{_VISITS[place]}/{rank}" for rank in range(dist.get_world_size())]
     kept.set(keys[dist.get_rank()], "here")
     try:
         kept.wait(keys, datetime.timedelta(seconds=patience))
     except RuntimeError:
         absent = [rank for rank, key in enumerate(keys) if not kept.check([key])]
+        # This rank is about to leave, and who comes later must not take it for present.
         kept.delete_key(keys[dist.get_rank()])
         return absent
     _VISITS[place] += 1
@@ -171,11 +173,11 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def average_gradients(parameters: Sequence[torch.nn.Parameter], groups: Sequence[ProcessGroup | None]) -> int:
+def average_gradients(parameters: Sequence[torch.Tensor], groups: Sequence[ProcessGroup | None]) -> int:
     """Average the gradients of replicated parameters over the data-parallel ranks, in place.
 
-    A parameter without a gradient on this rank counts as zero where another rank has one, so that
-    all ranks pass the same collectives and then step alike. Averages stay put when averaged again.
+    A parameter without a gradient on this rank counts as zero where another rank has one. So all ranks pass the same
+    collectives, and step alike. Averages stay put when averaged again.
 
     Args:
         parameters: replicated parameters, the same on all ranks and in the same order.
@@ -192,6 +194,9 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter], groups: Sequence
     for group in groups:
         size *= dist.get_world_size(group)
     for bucket in _buckets(list(parameters)):
+        # A mask travels behind the gradients: one for each parameter that has a gradient here, else zero.
+        # After the sum it is above zero where any rank has one, so that one collective answers both questions.
+        # It has the dtype of the gradients. Sums of ones may round in bf16, but never down to zero.
         present = [parameter.grad is not None for parameter in bucket]
         gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in bucket]
         flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), gradients[0].new_tensor(present)])
@@ -227,6 +232,7 @@ def compare(names: Sequence[str], tensors: Sequence[torch.Tensor], when: str) ->
 
     if not tensors or dist.get_world_size() == 1:
         return
+    # All are equal where the smallest equals the largest. Two reductions take as many bytes on any number of ranks.
     prints = torch.stack([bits.fingerprint(tensor) for tensor in tensors])
     low, high = prints.clone(), prints
     with collective(f"comparison of the adapter {when}"):
@@ -256,6 +262,7 @@ def all_gather_object(value: Value, what: str) -> list[Value]:
     """
     import torch.distributed as dist
 
+    # torch writes over each of the places.
     values = [value] * dist.get_world_size()
     with collective(what):
         dist.all_gather_object(values, value)

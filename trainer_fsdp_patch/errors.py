@@ -10,7 +10,7 @@ class TrainerFsdpPatchError(RuntimeError):
     """Base of every error raised by this package; it makes its own text.
 
     Args:
-        subject: which patch, setting or tensor; or the whole text, where nothing else is given.
+        subject: which patch, setting or tensor; or the full text, where nothing else is given.
         found: what was found.
         consequence: what follows.
         remedy: what to do.
@@ -67,12 +67,26 @@ class TrainerFsdpPatchWarning(UserWarning):
 
 
 def message(subject: str, found: str, consequence: str, remedy: str) -> str:
-    """One line: `subject: found. consequence. remedy.`, each given without its full stop."""
+    """One line: `subject: found. consequence. remedy.`, each given without its full stop.
+
+    Args:
+        subject: which patch, setting or tensor.
+        found: what was found.
+        consequence: what follows.
+        remedy: what to do.
+    """
     return f"{subject}: {found}. {consequence}. {remedy}."
 
 
 def warn(subject: str, found: str, consequence: str, remedy: str) -> None:
-    """Warn in the shape of `message`, as coming from the user's own line."""
+    """Warn in the shape of `message`, as coming from the user's own line.
+
+    Args:
+        subject: which patch, setting or tensor.
+        found: what was found.
+        consequence: what follows.
+        remedy: what to do.
+    """
     warn_text(message(subject, found, consequence, remedy))
 
 

@@ -1,6 +1,7 @@
 """Which calls of a wrapped function are ours: those of a run under FSDP whose model was planned.
 
-Each patch names one of these; every other call goes upstream as it came, arguments included.
+Each patch names one of these; every other call goes upstream as it came, arguments included. A gate is asked with the
+instance of the wrapped method and the arguments of the call by name. The instance of a function is None.
 """
 
 from __future__ import annotations

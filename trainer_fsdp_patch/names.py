@@ -17,18 +17,24 @@ def canonical(name: str) -> str:
 
 
 def file_key(key: str, adapter: str = "default") -> str:
-    """Key of an adapter file for a tensor's name in the model."""
+    """Key of an adapter file for a tensor's name in the model.
+
+    Args:
+        key: name of the tensor, with or without the segments of wrappers.
+        adapter: name of its adapter, which no key of a file has.
+    """
     helpers = ("modules_to_save", "token_adapter", adapter)
     return ".".join(part for part in canonical(key).split(".") if part not in helpers)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model below the wrappers that go around a whole one: FSDP1, DDP, DataParallel and compile."""
+    """The model below the wrappers that go around a full one: FSDP1, DDP, DataParallel and compile."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.nn import DataParallel
     from torch.nn.parallel import DistributedDataParallel
 
     while True:
+        # Compiled models are known by a child. Their class is in torch._dynamo, which takes seconds to import.
         if "_orig_mod" in getattr(model, "_modules", ()):
             model = cast("nn.Module", model._orig_mod)
         elif isinstance(model, (FullyShardedDataParallel, DistributedDataParallel, DataParallel)):

@@ -50,7 +50,7 @@ def package_of(requirement: str) -> str:
 
 
 def _operator(requirement: str) -> int:
-    """Place of the first operator; packaging's parser of whole requirements takes longer to import than all else."""
+    """Place of the first operator. packaging's parser of full requirements takes longer to import than all else."""
     return min((place for place in map(requirement.find, "<>=!~") if place > 0), default=len(requirement))
 
 
@@ -59,6 +59,10 @@ def matches(requirement: str, version: Version) -> bool:
     """Whether a version lies in a range; pre-releases and local versions count like any other.
 
     The default for pre-releases changed in packaging 26.0, so it is always passed.
+
+    Args:
+        requirement: a range such as `torch>=2.2`.
+        version: of the package that it names.
     """
     from packaging.specifiers import SpecifierSet
 
@@ -66,9 +70,14 @@ def matches(requirement: str, version: Version) -> bool:
 
 
 def at_least(package: str, release: str) -> bool:
-    """Whether the installed release of a package is `release` or newer."""
-    found = installed(package)
-    return found is not None and matches(f"{package}>={release}", found)
+    """Whether the installed release of a package is `release` or newer.
+
+    Args:
+        package: name of the distribution.
+        release: such as "1.15.0".
+    """
+    version = installed(package)
+    return version is not None and matches(f"{package}>={release}", version)
 
 
 def newer_than_tested(package: str) -> bool:

@@ -77,6 +77,9 @@ def adapter_folders(folder: Path) -> list[Path]:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of an adapter file or of a pickled state dict, on the CPU.
 
+    Args:
+        path: of a safetensors file, or of a pickle, which is read with weights_only.
+
     Raises:
         AdapterError: it is truncated, foreign, or holds something else than tensors.
     """
@@ -95,7 +98,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def fsdp_part(folder: Path) -> dict[str, torch.Tensor]:
-    """The model part of a resume checkpoint, whole, full or sharded; {} where there is none.
+    """The model part of a resume checkpoint, from full or sharded files; {} where there is none.
+
+    Args:
+        folder: of the checkpoint.
 
     Raises:
         AdapterError: it is truncated, foreign, or holds something else than tensors.
@@ -141,6 +147,9 @@ def _sharded(folder: Path) -> dict[str, torch.Tensor]:
 def text(path: Path) -> Json:
     """A JSON file.
 
+    Args:
+        path: of the file.
+
     Raises:
         AdapterError: it is absent, truncated, or no object.
     """
@@ -154,7 +163,12 @@ def text(path: Path) -> Json:
 
 
 def unreadable(path: Path, error: BaseException) -> AdapterError:
-    """Error that says what is wrong with a file."""
+    """Error that says what is wrong with a file.
+
+    Args:
+        path: of the file.
+        error: what its reader raised.
+    """
     why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return AdapterError(
         str(path),
@@ -169,7 +183,7 @@ def adapter_only(folder: Path, adapter: str = "default") -> dict[str, torch.Tens
 
     Args:
         folder: of the checkpoint.
-        adapter: name of the adapter, which the keys of a model's state dict have and those of a file have not.
+        adapter: name of the adapter. The keys of a model's state dict have it, and those of a file have not.
 
     Returns:
         Tensors on the CPU; {} where there is no such part or where it cannot be read.

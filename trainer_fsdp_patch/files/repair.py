@@ -80,12 +80,13 @@ def _adapter(folder: Path, source: Path, target: Path, adapter: str) -> list[str
         except AdapterError as error:
             done.append(str(error))
         tensors, renamed = _renamed(tensors)
-        done += [f"{file}: {renamed} keys have lost the names of wrappers"] if renamed else []
+        if renamed:
+            done.append(f"{file}: {renamed} keys have lost the names of wrappers")
     if not tensors:
         tensors = reading.adapter_only(source, adapter)
-        done += [f"{folder}: {len(tensors)} tensors were taken from what a run resumes from"] if tensors else []
-    if not tensors:
-        return done
+        if not tensors:
+            return done
+        done.append(f"{folder}: {len(tensors)} tensors were taken from what a run resumes from")
     target.mkdir(parents=True, exist_ok=True)
     for name in (reading.CONFIG, "README.md"):
         if (folder / name).is_file():

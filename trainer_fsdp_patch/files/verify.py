@@ -163,7 +163,7 @@ def _values(tensors: dict[str, torch.Tensor]) -> Iterator[Fault]:
     import torch
 
     kinds: dict[str, list[str]] = defaultdict(list)
-    zero = set()
+    zero: set[str] = set()
     for key, tensor in tensors.items():
         if tensor.numel() == 0:
             yield key, "no-element", f"its shape is {list(tensor.shape)}: a rank wrote its empty shard"
@@ -172,7 +172,8 @@ def _values(tensors: dict[str, torch.Tensor]) -> Iterator[Fault]:
             yield key, "not-finite", f"{count} of {tensor.numel()} values are not finite"
         else:
             kinds[re.sub(r"\.\d+(?=\.)", ".*", canonical(key))].append(key)
-            zero.update([key] if not bool(tensor.any()) else [])
+            if not bool(tensor.any()):
+                zero.add(key)
     for kind, keys in kinds.items():
         dead = [key for key in keys if key in zero]
         if dead:
@@ -180,7 +181,7 @@ def _values(tensors: dict[str, torch.Tensor]) -> Iterator[Fault]:
 
 
 def one_rank(tensors: dict[str, torch.Tensor]) -> Iterator[Fault]:
-    """Matrices of which one rank's rows have values and all others are zero."""
+    """Matrices that have values in the rows of one rank, and zeros in all others."""
     shards = {key: shard for key, tensor in tensors.items() if (shard := _shard(tensor))}
     if shards:
         key, (rank, ranks) = next(iter(shards.items()))
@@ -196,6 +197,7 @@ def _shard(tensor: torch.Tensor) -> tuple[int, int] | None:
     if not used or len(used) == rows or used != list(range(used[0], used[-1] + 1)):
         return None
     for ranks in range(2, rows + 1):
+        # Rounded up, as FSDP2 cuts rows: the last ranks get fewer.
         size = -(-rows // ranks)
         if used[0] % size == 0 and len(used) == min(size, rows - used[0]):
             return used[0] // size, ranks
@@ -251,13 +253,14 @@ def incomplete(folder: Path) -> list[str]:
 def unfinished(folder: Path) -> list[str]:
     """Signs that a checkpoint's writer was killed, or that a file was cut.
 
-    A Trainer writes its state last. Where that is whole, what is absent beside it was removed by somebody who needs the
-    space, and upstream resumes without it.
+    A Trainer writes its state last. Where that is complete, what is absent next to it was removed by somebody who needs
+    the space. Upstream resumes without it.
     """
     lacks = []
     try:
         state = reading.text(folder / reading.STATE)
-        lacks += [] if "global_step" in state else [f"{reading.STATE} has no global_step"]
+        if "global_step" not in state:
+            lacks.append(f"{reading.STATE} has no global_step")
     except AdapterError as error:
         lacks.append(str(error) if (folder / reading.STATE).exists() else f"there is no {reading.STATE}")
     pickles = [*folder.glob("rng_state*.pth"), *(folder / name for name in _PICKLES if (folder / name).is_file())]
@@ -268,11 +271,13 @@ def unfinished(folder: Path) -> list[str]:
         except AdapterError as error:
             lacks.append(str(error))
     model, others = _fsdp_parts(folder)
-    return lacks + (["it has no part to resume the model from"] if others and not model else [])
+    if others and not model:
+        lacks.append("it has no part to resume the model from")
+    return lacks
 
 
 def _fsdp_parts(folder: Path) -> tuple[bool, bool]:
-    """Whether a checkpoint has a whole model part of FSDP, and whether it has parts that come with one."""
+    """Whether a checkpoint has a complete model part of FSDP, and whether it has parts that come with one."""
     model = (folder / reading.FSDP_FULL).is_file() or (folder / reading.FSDP_SHARDED / ".metadata").is_file()
     return model, any((folder / name).exists() for name in (reading.FSDP_SHARDED, "optimizer_0", "optimizer.bin"))
 
@@ -284,9 +289,12 @@ def _removed(folder: Path) -> list[str]:
     lacks += [f"there is no rng_state_{rank}.pth" for rank in range(max(ranks, default=0)) if rank not in ranks]
     kinds = ("optimizer.bin", "optimizer.pt", "optimizer_0/.metadata")
     if ranks or any(_fsdp_parts(folder)):
-        lacks += [] if any((folder / name).is_file() for name in kinds) else ["it has no optimizer"]
-        lacks += [] if (folder / "scheduler.pt").is_file() else ["there is no scheduler.pt"]
-        lacks += [] if ranks else ["there is no rng_state of any rank"]
+        if not any((folder / name).is_file() for name in kinds):
+            lacks.append("it has no optimizer")
+        if not (folder / "scheduler.pt").is_file():
+            lacks.append("there is no scheduler.pt")
+        if not ranks:
+            lacks.append("there is no rng_state of any rank")
     return lacks
 
 

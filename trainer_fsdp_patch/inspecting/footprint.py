@@ -1,10 +1,10 @@
-"""What FSDP holds and gathers on a rank: units, parameter bytes between steps, and the most that is gathered at once.
+"""What FSDP takes of a rank: units, parameter bytes between steps, and the most that is gathered at once.
 
 Numbers are exact and of no clock. They come from the storages that FSDP fills and frees, not from the states that it
-thinks it is in, and are read wherever the sum can rise: after each `unshard` (and, under FSDP2, after the wait that
-follows it) of each unit. Between two of these points storages are only freed, so that no peak is missed. Every way to a
-gathered parameter goes through these methods, in all releases from torch 2.2 on: forward, backward, prefetching, state
-dicts and `summon_full_params`. They are shadowed on the units of one model, and no class is changed.
+thinks it is in. They are read wherever the sum can rise. That is after each `unshard` of each unit, and under FSDP2
+after the wait that follows. Between two of these points storages are only freed, so that no peak is missed. From torch
+2.2 on, every way to a gathered parameter goes through these methods. Forward, backward, prefetching, state dicts and
+`summon_full_params` all do. They are shadowed on the units of one model, and no class is changed.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Footprint:
     Attributes:
         ranks: that share one copy of the base.
         units: those of FSDP that hold parameters of the base; one for each adapter matrix is no merit.
-        rest: bytes of all parameters between steps: whole ones, padded shards and what is still gathered then.
-        base: of these, the bytes of the base's parameters; under FSDP1 without padding.
-        whole: of these, the bytes of parameters that are in no unit, which every rank has.
+        rest: bytes of all parameters between steps: replicated ones, padded shards and what is still gathered then.
+        base: the part of `rest` that is the base's; under FSDP1 without padding.
+        whole: the part of `base` that is in no unit, which every rank has.
         gathered: the largest number of bytes that units had gathered at once, as FSDP stores them, padding included.
         collectives: in a step, the largest number.
     """
@@ -74,10 +74,10 @@ _SAID = {
 def fault(ours: Footprint, planned: Footprint | None, stock: Footprint | None) -> str:
     """What a patched run takes beyond its plan, or beyond stock, in one sentence; "" where it is nothing.
 
-    Of what lies on a rank between steps, stock is compared with the shards of the base alone. That an adapter,
-    projections and packed weights are replicated is the plan's own, for the reasons that it gives; so they are compared
-    with the plan. Gathered bytes are compared in all: what is replicated is gathered nowhere. It is in no unit either:
-    where layers share their weights, which are replicated then, the plan alone says how many units there are.
+    Between steps, stock is compared with the shards of the base alone. The plan replicates an adapter, projections and
+    packed weights for reasons of its own. So they are compared with the plan. Gathered bytes are compared in all: what
+    is replicated is gathered nowhere. It is in no unit either. Where layers share their weights, these are replicated,
+    and the plan alone says how many units there are.
 
     Args:
         ours: of the patched run.
@@ -145,7 +145,7 @@ class FlatUnit(Unit):
         return int(self.owner.world_size) if self.owner.uses_sharded_strategy else 1
 
     def shards(self) -> dict[str, int]:
-        # A rank holds one slice of them all; an even share of each is what does not depend on their order.
+        # A rank holds one slice of them all. An even share of each, rounded up, does not depend on their order.
         size = self.owner.flat_param.element_size()
         return {name: -(-count // self.ranks) * size for name, count in self.elements.items()}
 
@@ -177,7 +177,7 @@ class GroupUnit(Unit):
 
     def gathered(self) -> int:
         # A unit that is asked for counts from then on. While it is copied out of the buffer it exists twice for a
-        # moment, which is the same for every unit and counts once.
+        # moment. That is so for every unit and counts once.
         pending = getattr(self.owner, "_all_gather_result", None)
         arriving = _stored(pending.all_gather_output) if pending is not None else 0
         outputs = [tensor for item in self.owner.fsdp_params for tensor in item.all_gather_outputs]
@@ -217,7 +217,7 @@ def state_of(module: nn.Module) -> FSDPState | None:
 
 
 def groups(module: nn.Module) -> list[FSDPParamGroup]:
-    """FSDP2's groups of a module, of which torch before 2.12 has one."""
+    """FSDP2's groups of a module. A module has one before torch 2.12."""
     state = state_of(module)
     if state is None:
         return []
@@ -316,7 +316,7 @@ class Watch:
 
         Args:
             collectives: of the last step.
-            before: what was seen in the steps before, of which the larger numbers stay.
+            before: what was seen in the steps before; the larger numbers stay.
         """
         if not self.units:
             return None

@@ -7,24 +7,30 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer_fsdp_patch.names import canonical
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    import torch
+    from torch import nn
 
 ADAPTER, PROJECTION, QUANTIZED, BASE = "adapter", "projection", "quantized", "base"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One parameter or buffer, found once however many modules share it.
+    """One parameter or buffer, taken once however many modules share it.
 
     Attributes:
         name: first canonical name; names: all of them.
         kind: "parameter" or "buffer".
-        role: adapter (trainable), projection (frozen tensor that the adapter owns), quantized (base
-            weight that is not plain floating point) or base.
+        role: adapter (trainable), projection (frozen, owned by the adapter), quantized (base weight that is not plain
+            floating point) or base.
         module: canonical name of the module that holds it under `name`.
-        shape: of the whole tensor; nbytes: of the whole tensor.
+        shape: of the full tensor; nbytes: of the full tensor.
         dtype: as stored; the class of a tensor that only looks like floating point, such as torchao's.
         trainable: whether it requires a gradient; owned: whether it sits in a module of the adapter.
         persistent: whether state dicts have it, as they have all parameters.
@@ -43,13 +49,13 @@ class TensorInfo:
     persistent: bool
 
 
-def is_module(model: Any) -> bool:
+def is_module(model: object) -> TypeGuard[nn.Module]:
     """Whether an object is a torch module; nothing is imported where nobody can hold one."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(model, torch.nn.Module)
 
 
-def has_adapter(model: Any) -> bool:
+def has_adapter(model: object) -> bool:
     """Whether a PEFT method sits in the model, put there by `get_peft_model` or by transformers.
 
     peft is not imported: where nobody has, nobody holds an adapter.
@@ -62,7 +68,7 @@ def has_adapter(model: Any) -> bool:
     return any(isinstance(module, (PeftModel, BaseTunerLayer)) for module in model.modules())
 
 
-def fsdp_version(model: Any) -> int:
+def fsdp_version(model: nn.Module) -> int:
     """Version of FSDP that has wrapped the model or a part of it, 0 where none has."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -71,16 +77,16 @@ def fsdp_version(model: Any) -> int:
     return int(any(isinstance(module, FullyShardedDataParallel) for module in model.modules()))
 
 
-def is_unwrapped_adapter(model: Any) -> bool:
+def is_unwrapped_adapter(model: nn.Module) -> bool:
     """Whether a model has an adapter and no FSDP around it or in it, as before `train()`."""
     return has_adapter(model) and not fsdp_version(model)
 
 
-def is_saved_alone(model: Any) -> bool:
+def is_saved_alone(model: nn.Module) -> bool:
     """Whether upstream's save of a model writes its adapter and nothing of the base.
 
-    peft's own models and those of transformers' `add_adapter` are saved so; a base into which a user has injected an
-    adapter, and a mixed model, are written tensor by tensor.
+    peft's own models and those of transformers' `add_adapter` are saved so. A base into which a user has injected an
+    adapter is written tensor by tensor, as is a mixed model.
 
     Args:
         model: a bare one.
@@ -90,7 +96,7 @@ def is_saved_alone(model: Any) -> bool:
     return isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False) is True
 
 
-def is_native(model: Any) -> bool:
+def is_native(model: object) -> bool:
     """Whether transformers has sharded the model over FSDP's dimension alone while it loaded it."""
     config = getattr(getattr(model, "config", None), "distributed_config", None)
     if config is None:
@@ -115,15 +121,15 @@ class Slot(NamedTuple):
     name: str
     kind: str
     key: str
-    module: Any
-    tensor: Any
+    module: nn.Module
+    tensor: torch.Tensor
     owned: bool
 
     @property
     def holder(self) -> dict[str, Any]:
         """The module's own dictionary that holds the tensor."""
-        found: dict[str, Any] = self.module._parameters if self.kind == "parameter" else self.module._buffers
-        return found
+        slots: dict[str, Any] = self.module._parameters if self.kind == "parameter" else self.module._buffers
+        return slots
 
     @property
     def persistent(self) -> bool:
@@ -131,15 +137,15 @@ class Slot(NamedTuple):
         return self.key not in self.module._non_persistent_buffers_set
 
 
-def named_tensors(model: Any) -> Iterator[Slot]:
+def named_tensors(model: nn.Module) -> Iterator[Slot]:
     """Every slot of a model that holds a tensor, breadth first.
 
-    A tensor that several modules share comes once for each module object; a module that is a child
-    of several others comes once, under its first name.
+    A tensor that several modules share comes once for each module object. A module that is a child of several others
+    comes once, under its first name.
     """
     seen = set()
     # What the base reaches comes first: an adapter may refer to a base module, as prompt learning does to embeddings.
-    pending: dict[bool, deque[tuple[str, Any]]] = {False: deque([("", model)]), True: deque()}
+    pending: dict[bool, deque[tuple[str, nn.Module]]] = {False: deque([("", model)]), True: deque()}
     while pending[False] or pending[True]:
         owned = not pending[False]
         prefix, module = pending[owned].popleft()
@@ -158,14 +164,14 @@ def named_tensors(model: Any) -> Iterator[Slot]:
                 pending[inside].append((f"{prefix}.{key}".lstrip("."), child))
 
 
-def _base_child(module: Any) -> str | None:
+def _base_child(module: nn.Module) -> str | None:
     """Child through which a PEFT container reaches the base model; all else in it is the adapter's."""
-    found = next((child for container, child in _containers() if isinstance(module, container)), None)
-    if found is not None and found not in module._modules:
+    base = next((child for container, child in _containers() if isinstance(module, container)), None)
+    if base is not None and base not in module._modules:
         # X-LoRA keeps the tuner that it builds on where others keep the base.
         tuner = _containers()[1][0]
-        found = next((key for key, child in module._modules.items() if isinstance(child, tuner)), found)
-    return found
+        base = next((key for key, child in module._modules.items() if isinstance(child, tuner)), base)
+    return base
 
 
 @functools.cache
@@ -184,23 +190,24 @@ def _containers() -> tuple[tuple[type, str], ...]:
     )
 
 
-def copied_modules(model: Any) -> list[Any]:
-    """Whole modules that are trained in place of the base's, as modules_to_save has them."""
+def copied_modules(model: nn.Module) -> list[nn.Module]:
+    """Full modules that are trained in place of the base's, as modules_to_save has them."""
     wrappers = filter(is_wrapper, model.modules())
     return [copy for module in wrappers for copy in getattr(module, "modules_to_save", {}).values()]
 
 
-def tuners(model: Any) -> set[Any]:
+def tuners(model: nn.Module) -> set[nn.Module]:
     """PEFT's tuners in a model: what its models have as base_model, or stand around the base without one."""
     from peft.tuners.tuners_utils import BaseTuner
 
     modules = list(model.modules())
-    found = {item for item in modules if isinstance(item, BaseTuner)}
-    return found | {item._modules["base_model"] for item in modules if _of_peft(item) and "base_model" in item._modules}
+    tuners = {item for item in modules if isinstance(item, BaseTuner)}
+    bases = (item._modules.get("base_model") for item in modules if _of_peft(item))
+    return tuners | {base for base in bases if base is not None}
 
 
-def is_adapted(module: Any) -> bool:
-    """Whether a module is one of PEFT's that works with a layer of the base; no model, wrapper or container is one."""
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's that works with a layer of the base. No model, wrapper or container is."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     containers = tuple(container for container, child in _containers() if child != "base_layer")
@@ -209,11 +216,11 @@ def is_adapted(module: Any) -> bool:
     return _of_peft(module) or isinstance(module, BaseTunerLayer)
 
 
-def _of_peft(module: Any) -> bool:
+def _of_peft(module: nn.Module) -> bool:
     return type(module).__module__.startswith("peft.")
 
 
-def is_wrapper(module: Any) -> bool:
+def is_wrapper(module: nn.Module) -> bool:
     """Whether a module is PEFT's copy-and-train wrapper around a base module, as modules_to_save makes."""
     return isinstance(module, _containers()[-1][0])
 
@@ -229,14 +236,14 @@ def dtensor() -> Any:
     return DTensor
 
 
-def is_quantized(tensor: Any) -> bool:
+def is_quantized(tensor: torch.Tensor) -> bool:
     """Whether a frozen parameter stores something else than plain floating-point numbers."""
     if hasattr(tensor, "quant_state") or hasattr(tensor, "SCB") or _parts(tensor):
         return True
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
-def _parts(tensor: Any) -> list[Any]:
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Tensors that a tensor subclass keeps in place of plain numbers; FSDP's own class is none of these."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -246,15 +253,15 @@ def _parts(tensor: Any) -> list[Any]:
     return [getattr(data, name) for name in data.__tensor_flatten__()[0]]
 
 
-def nbytes_of(tensor: Any) -> int:
+def nbytes_of(tensor: torch.Tensor) -> int:
     """Bytes of a tensor, or of those that a tensor subclass keeps in its place."""
     return sum(map(nbytes_of, _parts(tensor))) or tensor.numel() * tensor.element_size()
 
 
 class Inventory(NamedTuple):
-    """What one walk of a model has found.
+    """What one walk of a model gives.
 
-    It refers to full tensors of the base: who keeps it longer than FSDP takes to shard them keeps them in memory.
+    It refers to full tensors of the base. Who keeps it longer than FSDP takes to shard them keeps them in memory.
 
     Attributes:
         slots: all that hold a tensor, breadth first.
@@ -278,7 +285,7 @@ class Inventory(NamedTuple):
             together.setdefault(id(slot.tensor), []).append(slot)
         return list(together.values())
 
-    def names_of(self, tensors: Iterable[Any]) -> set[str]:
+    def names_of(self, tensors: Iterable[torch.Tensor]) -> set[str]:
         """All canonical names of some of the tensors."""
         wanted = set(map(id, tensors))
         return {slot.name for slot in self.slots if id(slot.tensor) in wanted}
@@ -288,7 +295,7 @@ class Inventory(NamedTuple):
         return Inventory(tuple(slot._replace(tensor=slot.holder[slot.key]) for slot in self.slots))
 
 
-def take(model: Any) -> Inventory:
+def take(model: nn.Module) -> Inventory:
     """Inventory of a model, by one walk.
 
     Args:

@@ -1,6 +1,6 @@
 """Puts `patch()` off until the first of its targets is about to be imported.
 
-A program that imports none of them pays for this module alone: no patch, no wrapt and no packaging is loaded.
+A program that imports none of them pays for this module alone. No patch, no wrapt and no packaging is loaded.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, overload
 
@@ -45,10 +44,10 @@ class _Finder:
         try:
             fire()
         except Exception as error:
-            from trainer_fsdp_patch.errors import TrainerFsdpPatchWarning
+            from trainer_fsdp_patch.errors import warn_text
 
             text = f"patch() failed when {fullname} was imported, and the run continues without it: {error}"
-            warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=2)
+            warn_text(text)
         # The hooks of wrapt have come in front of this finder by now, and the import has passed that place.
         return importlib.util.find_spec(fullname)
 

@@ -12,8 +12,8 @@ import wrapt
 def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
     """Call `callback(module)` after `name` is imported, at once where it already is.
 
-    wrapt drops the other hooks of a module when one of them raises, and the import fails with it;
-    so callbacks are expected to contain their own exceptions unless failing the import is the point.
+    wrapt drops the other hooks of a module when one of them raises, and the import fails with it. So callbacks are
+    expected to contain their own exceptions unless failing the import is the point.
 
     Args:
         name: dotted name of the module; it is never imported from here.

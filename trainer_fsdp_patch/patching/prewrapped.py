@@ -21,6 +21,7 @@ def models() -> list[str]:
     fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     fsdp2 = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     kinds = tuple(kind for kind in (fsdp1, fsdp2) if kind is not None)
+    # `isinstance` would ask for `__class__`, which lazy objects answer by running code.
     wrapped: list[nn.Module] = [item for item in gc.get_objects() if issubclass(type(item), kinds)]
     inner = {id(child) for item in wrapped for child in item.modules() if child is not item}
     return sorted({_name(item) for item in wrapped if id(item) not in inner})

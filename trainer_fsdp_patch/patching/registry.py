@@ -9,13 +9,12 @@ import os
 import pkgutil
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.errors import PatchError, TrainerFsdpPatchWarning, message
+from trainer_fsdp_patch.errors import PatchError, message, warn, warn_text
 from trainer_fsdp_patch.patching import hooks, prewrapped, wrapping
 from trainer_fsdp_patch.patching.awaiting import DISABLE
 
@@ -36,8 +35,8 @@ class Status:
 
     Attributes:
         name: module name below `patches/`.
-        state: unused (patch() was not called), waiting (its target is not imported yet), applied,
-            skipped (does not concern what is installed, or was switched off), or failed.
+        state: unused (patch() was not called), waiting (its target is not imported yet), applied, skipped or failed.
+            Skipped are those that do not concern what is installed, or were switched off.
         reason: why, in one sentence, or "".
         versions: range of releases that the patch repairs.
         fixed_in: upstream release that made it unnecessary, or "".
@@ -66,18 +65,18 @@ class Patch:
     """Declaration of one patch, made once at the top of its module.
 
     Args:
-        module: `__name__` of the patch module; its docstring gives the effect, and the lines `Area: `, `Issue: ` and
+        module: `__name__` of the patch module. Its docstring gives the effect, and the lines `Area: `, `Issue: ` and
             `Can be removed when: `.
-        versions: PEP 440 range of the releases that have the fault, such as
-            `accelerate>=1.6.dev0,<1.15.dev0`; the one declaration of that range.
+        versions: PEP 440 range of the releases that have the fault, such as `accelerate>=1.6.dev0,<1.15.dev0`. It is
+            declared here alone.
         target: module to wait for; never imported by us.
         fixed_in: release that repaired the fault, or None while upstream is open.
         needs: names of patches without which this one would do harm.
         alongside: the same, of patches that do not concern every supported release.
-        vital: whether a plan is wrong without it, so that a function that was put in its place matters at once; others
-            may be replaced by somebody's own that calls them.
-        witness: upstream function whose body has the fault, where that is not a wrapped one; it is watched
-            by `seams`, and the range is held against it.
+        vital: whether a plan is wrong without it, so that a function put in its place matters at once. Others may be
+            replaced by somebody's own that calls them.
+        witness: upstream function whose body has the fault, where that is not a wrapped one. `seams` watches it, and
+            the range is held against it.
     """
 
     def __init__(
@@ -137,10 +136,10 @@ class Patch:
     def stands(self) -> bool:
         """Whether the vital patches among those that it needs are in place; what was assigned over is wrapped again.
 
-        Said once for each seam. Where one cannot be wrapped again, the patch stands back whole from this run.
+        Said once for each seam. Where one cannot be wrapped again, all of the patch stands back from this run.
         """
-        found = [_reclaimed(item, seam) for item in self._required if item.vital for seam in item.seams]
-        return all(found)
+        standing = [_reclaimed(item, seam) for item in self._required if item.vital for seam in item.seams]
+        return all(standing)
 
     @functools.cached_property
     def _required(self) -> list[Patch]:
@@ -169,12 +168,12 @@ def discover() -> dict[str, Patch]:
         PatchError: two patches claim the same seam for overlapping releases.
     """
     package = importlib.import_module(PACKAGE)
-    found = {}
+    patches = {}
     for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
         patch = importlib.import_module(f"{PACKAGE}.{info.name}").patch
-        found[patch.name] = patch
-    refuse_overlaps(found.values())
-    return found
+        patches[patch.name] = patch
+    refuse_overlaps(patches.values())
+    return patches
 
 
 def refuse_overlaps(patches: Iterable[Patch]) -> None:
@@ -266,7 +265,7 @@ def _warn_late(late: str, strict: bool) -> None:
     )
     if strict:
         raise PatchError(text, found=late)
-    warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=4)
+    warn_text(text)
 
 
 def _reclaimed(item: Patch, seam: wrapping.Seam) -> bool:
@@ -280,10 +279,10 @@ def _reclaimed(item: Patch, seam: wrapping.Seam) -> bool:
     except PatchError as error:
         why = f"The patches stand back from this run: {error}"
         remedy = "Leave their function out, or do not call patch()"
-        warnings.warn(message(place, f"{owner} has replaced it", why, remedy), TrainerFsdpPatchWarning, stacklevel=2)
+        warn(place, f"{owner} has replaced it", why, remedy)
         return False
     text = message(place, f"{owner} has replaced it", "It is wrapped again, theirs inside", "Call patch() after theirs")
-    warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=2)
+    warn_text(text)
     return True
 
 
@@ -315,7 +314,7 @@ def _apply(item: Patch, module: ModuleType) -> None:
         )
         if item.strict:
             raise PatchError(text, patch=item.name, found=str(error)) from error
-        warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=2)
+        warn_text(text)
         return
     item.state, item.reason = APPLIED, ""
     if untested:
@@ -330,7 +329,7 @@ def _warn_untested(package: str, version: str) -> None:
         "The seams have the signatures that the patches know, so the patches are applied",
         "Run `python -m trainer_fsdp_patch check` to see that they hold",
     )
-    warnings.warn(text, TrainerFsdpPatchWarning, stacklevel=3)
+    warn_text(text)
 
 
 def unpatch() -> None:

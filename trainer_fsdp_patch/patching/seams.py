@@ -70,6 +70,10 @@ def look(target: str, path: str) -> Entry | None:
     """Parameters of an upstream function and a digest of its source, or None where it is not there.
 
     Of what the target imports from another package there is only its name: that package has releases of its own.
+
+    Args:
+        target: dotted name of the module; it is imported.
+        path: dotted path inside it.
     """
     try:
         function = wrapping.resolve(importlib.import_module(target), path)[2]

@@ -58,8 +58,8 @@ class BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[misc]
 class PatchWrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
     """Our wrapper, told from anybody else's by its type.
 
-    Functions are one object for all who look them up, are copied as themselves and are pickled by name: datasets
-    hashes them, Ray and multiprocessing send them. wrapt's wrappers are and do none of that.
+    Functions are one object for all who look them up, are copied as themselves and are pickled by name. datasets hashes
+    them; Ray and multiprocessing send them. wrapt's wrappers are and do none of that.
     """
 
     __bound_function_wrapper__ = BoundWrapper
@@ -73,11 +73,13 @@ class PatchWrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
         place: str = "",
     ) -> None:
         super().__init__(wrapped, wrapper, enabled=enabled)
+        # wrapt keeps what is named `_self_...` on the wrapper, and passes all other attributes to the function.
         self._self_place, self._self_unbound = place, None
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         if instance is not None:
             return super().__get__(instance, owner)
+        # wrapt makes a new object at each look-up. Kept, it is one object, as the function itself would be.
         if self._self_unbound is None:
             self._self_unbound = super().__get__(None, owner)
         return self._self_unbound
@@ -119,7 +121,7 @@ class Seam:
 
     Args:
         path: dotted path inside the target module, such as `Trainer._wrap_model`.
-        parameters: names of the parameters of the upstream function, in order; "..." at the end is any others, which
+        parameters: names of the parameters of the upstream function, in order. "..." at the end is any others, which
             the wrapper hands on unread.
         function: wrapper in wrapt's four-argument form.
         enabled: asked at each call whether the wrapper is to act.
@@ -138,7 +140,7 @@ class Seam:
     _entry: tuple[object, str, object] | None = field(default=None, repr=False)
 
     def is_active(self, turn: int) -> bool:
-        """Whether the wrapper that was put on at that turn is to act; a gate that is shut needs no call to be seen."""
+        """Whether the wrapper that was put on at that turn is to act. A gate that is shut needs no call to be seen."""
         return self.live and turn == self._turn and not self._shut() and self.enabled()
 
     def call(self, wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
@@ -169,6 +171,10 @@ class Seam:
 def resolve(module: ModuleType, path: str) -> tuple[object, str, Any]:
     """Parent, attribute name and raw attribute (a staticmethod stays one) of a dotted path.
 
+    Args:
+        module: imported.
+        path: dotted path inside it.
+
     Raises:
         AttributeError: the module has no such path.
     """
@@ -178,6 +184,10 @@ def resolve(module: ModuleType, path: str) -> tuple[object, str, Any]:
 
 def check(module: ModuleType, seam: Seam) -> None:
     """Refuse a seam that is missing or that takes other parameters than the patch was written for.
+
+    Args:
+        module: imported.
+        seam: its `foreign` is set to who wrapped it before us.
 
     Raises:
         PatchError: with what was found in its place.
@@ -201,7 +211,12 @@ def check(module: ModuleType, seam: Seam) -> None:
 
 
 def stranger(function: object, module: ModuleType) -> str:
-    """Module of another package that put a function in place of, or around, one of `module`'s package, or ""."""
+    """Module of another package that put a function in place of, or around, one of `module`'s package, or "".
+
+    Args:
+        function: with the wrappers around it, ours and others.
+        module: whose package it should be of.
+    """
     known = {module.__name__.split(".")[0], "trainer_fsdp_patch", "torch", "safetensors", *sys.stdlib_module_names}
     while function is not None:
         for owner in () if type(function) is PatchWrapper else _owners(function):
@@ -220,7 +235,12 @@ def _owners(function: object) -> list[str]:
 
 
 def replaced(module: ModuleType, seam: Seam) -> str:
-    """Module that assigned over a live wrapper of ours, so that it is called no more, or ""."""
+    """Module that assigned over a live wrapper of ours, so that it is called no more, or "".
+
+    Args:
+        module: imported.
+        seam: of that module.
+    """
     if not seam.live:
         return ""
     try:
@@ -236,6 +256,10 @@ def replaced(module: ModuleType, seam: Seam) -> str:
 
 def apply(module: ModuleType, seams: Iterable[Seam]) -> None:
     """Wrap every seam, or leave all of them as they were.
+
+    Args:
+        module: imported.
+        seams: those that are live already stay.
 
     Raises:
         PatchError: a seam is missing or has another signature.
@@ -270,6 +294,10 @@ def _write(module: ModuleType, seam: Seam) -> None:
 def wrap_again(module: ModuleType, seam: Seam) -> None:
     """Wrap what somebody has put in the place of a live wrapper of ours, which they may still call inside.
 
+    Args:
+        module: imported.
+        seam: a live one.
+
     Raises:
         PatchError: theirs takes other parameters than the patch was written for.
     """
@@ -288,7 +316,11 @@ def _carries(function: object, wrapper: PatchWrapper | None) -> bool:
 
 
 def undo(seams: Iterable[Seam]) -> None:
-    """Put back the raw attributes; where somebody wrapped on top of us, go silent and leave theirs."""
+    """Put back the raw attributes; where somebody wrapped on top of us, go silent and leave theirs.
+
+    Args:
+        seams: in the order in which they were applied.
+    """
     for seam in reversed(list(seams)):
         seam.live = False
         if seam._entry is None:

@@ -21,10 +21,10 @@ class Settings:
     """What `patch()` was given.
 
     Attributes:
-        adapter_placement: "auto" shards the largest trainable tensors until the others fit the budget, "replicate"
+        adapter_placement: "auto" shards the largest trainable tensors until the others fit the budget. "replicate"
             shards none, "shard" all that can be.
-        adapter_budget: bytes of parameters, gradients and optimizer state that each rank may hold of the replicated
-            adapter; None is 1 GiB, or a rank's share of the sharded base where that is more.
+        adapter_budget: bytes that each rank may hold of the replicated adapter: parameters, gradients and optimizer
+            state. None is 1 GiB, or a rank's share of the sharded base where that is more.
     """
 
     adapter_placement: str = "auto"
@@ -37,6 +37,10 @@ settings = Settings()
 def set_to(adapter_placement: str | None, adapter_budget: int | None) -> None:
     """Keep what a user sets; None leaves it as it is.
 
+    Args:
+        adapter_placement: one of `PLACEMENTS`.
+        adapter_budget: bytes.
+
     Raises:
         PlanError: it is no placement, or no number of bytes.
     """
@@ -47,6 +51,10 @@ def set_to(adapter_placement: str | None, adapter_budget: int | None) -> None:
 
 def check_settings(adapter_placement: str, adapter_budget: int | None) -> None:
     """Refuse what is no setting.
+
+    Args:
+        adapter_placement: one of `PLACEMENTS`.
+        adapter_budget: bytes, at least 0; None is the default.
 
     Raises:
         PlanError: it is no placement, or no number of bytes.
@@ -114,9 +122,11 @@ def cannot_shard(
         tensors: of the model.
         fsdp_version: 1 or 2.
         units: names of the FSDP units that each parameter is used in, by its name.
-        copies: names of the parameters of whole modules that are trained, as modules_to_save has them.
+        copies: names of the parameters of full modules that are trained, as modules_to_save has them.
     """
     barred = {}
+    # The largest tensor of a unit comes first and sets the dtype of that unit: `setdefault` keeps the first one.
+    # The order of the conditions matters. A tensor that is barred for another reason sets no dtype.
     dtypes: dict[str, str] = {}
     for tensor in sorted((item for item in tensors if item.role == ADAPTER), key=cost, reverse=True):
         unit = min(units[tensor.name])
@@ -132,7 +142,7 @@ def cannot_shard(
 
 
 def _side_by_side() -> bool:
-    """Whether accelerate clips sharded and whole gradients together, and torch takes a unit of two dtypes."""
+    """Whether accelerate clips sharded and full gradients together, and torch takes a unit of two dtypes."""
     # until accelerate 1.15
     # until torch 2.13
     return versions.at_least("accelerate", "1.15.0") and versions.at_least("torch", "2.13.0")

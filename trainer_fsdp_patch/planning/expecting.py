@@ -1,4 +1,4 @@
-"""What a plan says that FSDP will take of a rank: units, parameter bytes between steps, and bytes gathered at once."""
+"""What FSDP takes of a rank by a plan: units, parameter bytes between steps, and bytes gathered at once."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _ALIGNED = 16
-"""Bytes at a multiple of which FSDP1 puts each original parameter in a flat one."""
+"""FSDP1 puts each original parameter of a flat one at a multiple of so many bytes."""
 
 Units = tuple[tuple[str, tuple[str, ...]], ...]
-"""Name of each unit's module, and the canonical names of what it shards; the first is the root, which may have none."""
+"""Name of each unit's module, and canonical names of what it shards. The first is the root, which may have none."""
 
 
 def units(model: nn.Module, tensors: Iterable[str], names: list[str], fsdp_version: int) -> Units:
@@ -60,7 +60,7 @@ def _nearest(name: str, homes: dict[str, str]) -> str:
 
 
 def _carved(model: nn.Module, names: set[str]) -> Iterator[list[str]]:
-    """Modules that accelerate makes FSDP2 units of beside the policy's: the embeddings, and the last norm and head."""
+    """Modules that accelerate makes FSDP2 units next to the policy's: the embeddings, and the last norm and head."""
     from accelerate.utils import fsdp_utils
 
     from trainer_fsdp_patch.planning.units import parts
@@ -93,11 +93,11 @@ def _tied(first: nn.Module | None, second: nn.Module | None) -> bool:
 def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
     """What the plan says that a rank takes.
 
-    `gathered` is what the largest unit needs with those around it, of which the root is always one. FSDP2 gathers the
-    next unit before it frees the last, so there it is what the largest two need; FSDP1 does so where it is asked to
-    prefetch. A unit with tied parameters stays gathered beside them. The bound is reached where the largest units
+    `gathered` is what the largest unit needs with those around it; the root is always one of these. FSDP2 gathers the
+    next unit before it frees the last, so there it is what the largest two need. FSDP1 does so where it is asked to
+    prefetch. A unit with tied parameters stays gathered next to them. The bound is reached where the largest units
     follow each other, and never passed. Bytes between steps are exact, up to the few by which FSDP1 aligns parameters
-    of odd sizes. Collectives are left to the comparison with stock: how often a unit is gathered in a step depends on
+    of odd sizes. Collectives are left to the comparison with stock. How often a unit is gathered in a step depends on
     which of its inputs need a gradient.
 
     Args:
@@ -106,7 +106,7 @@ def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
         prefetched: whether FSDP1 was asked to.
 
     Returns:
-        Its `units` and `gathered` are None where units do not go by class: which modules a policy by size takes depends
+        Its `units` and `gathered` are None where units do not go by class. Which modules a policy by size takes depends
         on more than the plan knows.
     """
     from trainer_fsdp_patch.planning.plan import SHARD
@@ -129,7 +129,8 @@ def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
 
 
 def _share(plan: Plan, tensor: TensorInfo, ranks: int, *, padded: bool) -> int:
-    """Bytes of a rank's part of a sharded tensor: rows of it under FSDP2, which keeps as many on each rank."""
+    """Bytes of a rank's part of a sharded tensor. Under FSDP2 these are rows, as many on each rank."""
+    # `-(-a // b)` rounds up, here and below: FSDP pads to a multiple of the ranks.
     stored = _kept(plan, tensor)
     elements = tensor.nbytes // _itemsize(tensor)
     if plan.fsdp_version == 2:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting.inventory import Inventory
 from trainer_fsdp_patch.names import canonical
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def names_of(model: Any, ignored: str | Iterable[Any] | None, inventory: Inventory) -> set[str]:
+
+def names_of(model: nn.Module, ignored: str | Iterable[nn.Module] | None, inventory: Inventory) -> set[str]:
     """Canonical names of the parameters in the user's ignored modules.
+
+    Args:
+        model: before FSDP takes it.
+        ignored: modules, a regular expression of their full names, or None.
+        inventory: of the model.
 
     Raises:
         PlanError: an entry is no module of this model, or the expression is broken or matches nothing.
@@ -31,7 +39,7 @@ def names_of(model: Any, ignored: str | Iterable[Any] | None, inventory: Invento
     return inventory.names_of(parameter for module in chosen for parameter in module.parameters())
 
 
-def _matching(modules: dict[str, Any], text: str) -> list[Any]:
+def _matching(modules: dict[str, nn.Module], text: str) -> list[nn.Module]:
     chosen = [module for name, module in modules.items() if expression(text).fullmatch(name)]
     if not chosen:
         _refuse_ignored(f"{text!r} matches the full name of no module")
@@ -50,7 +58,7 @@ def expression(text: str) -> re.Pattern[str]:
         _refuse_ignored(f"{text!r} is no regular expression ({error})")
 
 
-def modules_only(ignored: Iterable[Any]) -> list[Any]:
+def modules_only(ignored: Iterable[nn.Module]) -> list[nn.Module]:
     """The user's ignored modules as a list.
 
     Raises:

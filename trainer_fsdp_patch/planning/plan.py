@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting.inventory import (
@@ -22,6 +22,12 @@ from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning import budget, expecting
 from trainer_fsdp_patch.planning.ignored_modules import names_of
 
+if TYPE_CHECKING:
+    from torch import nn
+
+Choice = TypeVar("Choice")
+Result = TypeVar("Result")
+
 SHARD, REPLICATE = "shard", "replicate"
 _AMP = {"no": None, "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 
@@ -36,7 +42,7 @@ class Placement:
 
     @property
     def is_ignored(self) -> bool:
-        """Whether the tensor has to be kept out of FSDP's hands; base buffers that no state dict has are left to it."""
+        """Whether the tensor has to be kept out of FSDP. Base buffers that no state dict has are left to it."""
         buffer = self.tensor.role == BASE and self.tensor.kind == "buffer"
         return self.placement == REPLICATE and not (buffer and not self.tensor.persistent)
 
@@ -53,7 +59,7 @@ class Plan:
         autocast: dtype of the autocast around the forward, as a name, or None.
         reasons: one sentence for each flag that differs from what was asked, and one for trainable tensors that are
             sharded.
-        units: the expected units of FSDP and what each shards, the root first; None where they do not go by class.
+        units: the expected units of FSDP and what each shards, the root first. None where they do not go by class.
     """
 
     fsdp_version: int
@@ -75,7 +81,7 @@ class Plan:
         return tuple(item for item in self.placements if item.tensor.role == ADAPTER and item.placement == SHARD)
 
     def nbytes(self, placement: str, role: str | None = None) -> int:
-        """Bytes of all tensors with a placement and, where given, a role; each rank holds the replicated ones whole."""
+        """Bytes of all tensors with a placement and, where given, a role; each rank holds all replicated ones."""
         return sum(
             item.tensor.nbytes
             for item in self.placements
@@ -83,7 +89,7 @@ class Plan:
         )
 
     def costs(self) -> list[str]:
-        """For each reason to keep base parameters whole, the MiB that this costs each rank."""
+        """For each reason to replicate base parameters, the MiB that this costs each rank."""
         costs: Counter[str] = Counter()
         for item in self.placements:
             if (
@@ -106,12 +112,12 @@ class Plan:
 
 
 def make_plan(
-    model: Any,
+    model: nn.Module,
     *,
     fsdp_version: int = 2,
     mixed_precision: str = "no",
     use_orig_params: bool | None = None,
-    ignored_modules: str | Iterable[Any] | None = None,
+    ignored_modules: str | Iterable[nn.Module] | None = None,
     param_dtype: str | None = None,
     units: Iterable[str] | None = None,
     adapter_placement: str | None = None,
@@ -132,7 +138,7 @@ def make_plan(
         units: class names of the modules that become FSDP units; None is the model's `_no_split_modules`.
         adapter_placement: "auto", "replicate" or "shard", for trainable tensors; None is what `patch()` was given.
         adapter_budget: bytes that a replicated adapter may cost each rank under "auto", with its gradients and its
-            optimizer state; None is what `patch()` was given.
+            optimizer state. None is what `patch()` was given.
         ranks: over which FSDP shards.
         unsharded: why no trainable tensor may be sharded, or "".
         inventory: of the model, where it was taken already.
@@ -163,6 +169,8 @@ def make_plan(
     if unsharded:
         barred |= dict.fromkeys((tensor.name for tensor in tensors), unsharded)
     large, said = budget.choose_sharded(tensors, barred, asked, ranks)
+    # One table for both: `odd` has frozen tensors, which it keeps replicated, and `large` trainable ones to shard.
+    # No name is in both, and `_decide` asks for the role of a tensor before it reads the entry.
     placements = tuple(_decide(tensor, users, odd | large, fsdp_version) for tensor in tensors)
     if not any(item.placement == SHARD for item in placements):
         raise PlanError(
@@ -180,12 +188,12 @@ def make_plan(
     return Plan(fsdp_version, placements, flag, compute, amp, (*reasons, *said), cut)
 
 
-def _known(setting: str, found: Any, supported: dict[Any, Any]) -> Any:
-    if found not in supported:
+def _known(setting: str, value: Choice, supported: Mapping[Choice, Result]) -> Result:
+    if value not in supported:
         raise PlanError(
-            setting, repr(found), "No plan was made", f"Use one of {', '.join(map(repr, supported))}", setting=setting
+            setting, repr(value), "No plan was made", f"Use one of {', '.join(map(repr, supported))}", setting=setting
         )
-    return supported[found]
+    return supported[value]
 
 
 def _orig_params(fsdp_version: int, asked: bool | None) -> bool | None:
@@ -218,12 +226,12 @@ def shardable(tensor: TensorInfo) -> bool:
     return tensor.dtype in ("float32", "bfloat16", "float16")
 
 
-def _copies(model: Any, inventory: Inventory) -> set[str]:
+def _copies(model: nn.Module, inventory: Inventory) -> set[str]:
     """Names of the parameters of modules that are trained in place of the base's."""
     return inventory.names_of(parameter for module in copied_modules(model) for parameter in module.parameters())
 
 
-def _roots(model: Any, units: Iterable[str] | None) -> list[str]:
+def _roots(model: nn.Module, units: Iterable[str] | None) -> list[str]:
     """Names of the modules that become FSDP units, the root aside; nested ones are listed too."""
     classes = set(units if units is not None else getattr(model, "_no_split_modules", None) or ())
     return [canonical(name) for name, module in model.named_modules() if type(module).__name__ in classes]
@@ -233,8 +241,8 @@ def _unit(name: str, roots: list[str]) -> str:
     return max((root for root in roots if name.startswith(f"{root}.")), key=len, default="")
 
 
-def _homes(model: Any, roots: list[str]) -> dict[str, set[str]]:
-    """The units that each parameter is reached in, by each of its names; a module may be a child of several."""
+def _homes(model: nn.Module, roots: list[str]) -> dict[str, set[str]]:
+    """The units that each parameter is reached in, by each of its names. A module may be a child of several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(canonical(name))
@@ -242,19 +250,28 @@ def _homes(model: Any, roots: list[str]) -> dict[str, set[str]]:
 
 
 def shared_by_units(tensors: list[TensorInfo], roots: list[str]) -> dict[str, str]:
-    """Frozen parameters that several FSDP units share, as LoRA's layer_replication has them, with the reason."""
+    """Frozen parameters that several FSDP units share, as LoRA's layer_replication has them, with the reason.
+
+    Args:
+        tensors: of the model.
+        roots: canonical names of the modules that become units.
+    """
     shared = {}
     for tensor in tensors:
-        found = sorted({_unit(name, roots) for name in tensor.names})
-        if len(found) > 1 and tensor.kind == "parameter" and tensor.role != ADAPTER:
-            shared[tensor.name] = f"shared by {len(found)} units, such as {found[0] or 'the root'} and {found[1]}"
+        units = sorted({_unit(name, roots) for name in tensor.names})
+        if len(units) > 1 and tensor.kind == "parameter" and tensor.role != ADAPTER:
+            shared[tensor.name] = f"shared by {len(units)} units, such as {units[0] or 'the root'} and {units[1]}"
     return shared
 
 
 def odd_dtypes(tensors: list[TensorInfo], roots: list[str]) -> dict[str, str]:
     """Frozen parameters whose dtype is not the prevailing one of their FSDP1 unit, with the reason.
 
-    FSDP1 flattens a unit into one tensor, so it takes one dtype only; the smaller part stays whole.
+    FSDP1 flattens a unit into one tensor, so it takes one dtype only. The smaller part stays replicated.
+
+    Args:
+        tensors: of the model.
+        roots: canonical names of the modules that become units.
     """
     groups: dict[str, list[TensorInfo]] = {}
     for tensor in tensors:

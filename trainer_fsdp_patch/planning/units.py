@@ -1,4 +1,4 @@
-"""What must not be a unit of FSDP: policies go by size or by class, and see neither what is shared nor who reads it."""
+"""What must not be a unit of FSDP: policies see neither what is shared nor who reads it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def others(model: nn.Module, ignored: Collection[int] = ()) -> dict[int, set[int]]:
     """For each module those that have a parameter of FSDP's, or a child that holds some, in common with it.
 
-    What FSDP ignores does not decide where a unit ends: an adapter's projections, dictionaries and trainable tensors
-    are shared by all layers, and each layer is a unit all the same.
+    What FSDP ignores does not decide where a unit ends. All layers share an adapter's projections, dictionaries and
+    trainable tensors, and each layer is a unit all the same.
 
     Args:
         model: before FSDP takes it.
@@ -47,7 +47,7 @@ def _owns(module: nn.Module, ignored: Collection[int]) -> bool:
 def cannot_be_unit(model: nn.Module, ignored: Collection[int] = ()) -> Callable[[nn.Module], bool]:
     """Which modules must not be units of their own, for a wrap policy of FSDP1.
 
-    FSDP1 puts a unit in a module's place in one parent; another, as prompt learning is of embeddings, would miss it.
+    FSDP1 puts a unit in a module's place in one parent. Another would miss it, as prompt learning is one of embeddings.
 
     Args:
         model: before it is wrapped.
@@ -62,9 +62,12 @@ def cannot_be_unit(model: nn.Module, ignored: Collection[int] = ()) -> Callable[
 def parts(model: nn.Module) -> set[int]:
     """Modules that work as a part of a unit only, by identity.
 
-    Adapters read what is below the layer that they adapt outside its forward, or hand on more than tensors around a
-    whole block, in which FSDP finds nothing to hook; peft goes past the forward of its tuner, and transformers finds
-    what a sub-model records by the name of its class, which FSDP2 changes.
+    Adapters read what is below the layer that they adapt outside its forward. Around a block they hand on more than
+    tensors, in which FSDP finds nothing to hook. peft goes past the forward of its tuner. transformers finds what a
+    sub-model records by the name of its class, which FSDP2 changes.
+
+    Args:
+        model: before FSDP takes it.
     """
     from transformers import PreTrainedModel
 
@@ -84,6 +87,11 @@ def parts(model: nn.Module) -> set[int]:
 
 
 def reaches_outside(modules: Iterable[nn.Module], others: dict[int, set[int]]) -> bool:
-    """Whether something below some modules belongs to others too: two units cannot both have it."""
+    """Whether something below some modules belongs to others too: two units cannot both have it.
+
+    Args:
+        modules: that would be one unit.
+        others: by identity of a module, what the function `others` gives.
+    """
     inside = {id(part) for module in modules for part in module.modules()}
     return any(not others.get(part, inside) <= inside for part in inside)

@@ -22,8 +22,8 @@ logger = logging.getLogger("trainer_fsdp_patch")
 def synchronize(prepared: Prepared, accelerator: Accelerator, taken: inventory.Inventory) -> None:
     """Give every rank rank 0's bits of each tensor of the base that differs, as DDP does.
 
-    An initialization of the adapter that alters the base, such as PiSSA's, draws random numbers, and each rank
-    draws others unless a seed was set. Each rank would then shard a base of its own.
+    An initialization of the adapter that alters the base, such as PiSSA's, draws random numbers. Each rank draws others
+    unless a seed was set. Each rank would then shard a base of its own.
 
     Args:
         prepared: a model whose ranks have agreed on the adapter.
@@ -85,7 +85,7 @@ def _frozen(prepared: Prepared, taken: inventory.Inventory, by_fsdp: bool) -> li
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A tensor, or what it is made of; and the statistics that quantizers keep beside packed numbers."""
+    """A tensor, or what it is made of; and the statistics that quantizers keep next to packed numbers."""
     import torch
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -108,7 +108,7 @@ def _parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _refuse_other_tensors(named: list[tuple[str, torch.Tensor]]) -> None:
-    """Refuse bases of which one rank has other tensors; the lists are exchanged only where they differ.
+    """Refuse bases that have other tensors on one rank; the lists are exchanged only where they differ.
 
     Raises:
         AdapterError: on all ranks, naming the first tensor.
@@ -131,10 +131,11 @@ def _refuse_other_tensors(named: list[tuple[str, torch.Tensor]]) -> None:
 
 
 def _differing(tensors: list[torch.Tensor], device: torch.device) -> list[int]:
-    """Places of the tensors whose bits are not the same on all ranks; those on meta somewhere are FSDP's to fill."""
+    """Places of the tensors whose bits are not the same on all ranks. Those on meta somewhere are FSDP's to fill."""
     import torch
     import torch.distributed as dist
 
+    # The first number says whether a rank has the tensor. Its smallest is zero where one has it on meta.
     absent, present = torch.zeros(3, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.int64, device=device)
     high = torch.stack(
         [absent if tensor.is_meta else torch.cat([present, bits.fingerprint(tensor).to(device)]) for tensor in tensors]

@@ -1,14 +1,14 @@
-"""FSDP2 takes a planned model: what it ignores is hidden, what cannot be a unit is none, and the forward is cast."""
+"""FSDP2 takes a planned model: what it ignores is hidden, impossible units are skipped, the forward is cast."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting import inventory
@@ -16,9 +16,13 @@ from trainer_fsdp_patch.planning import units
 from trainer_fsdp_patch.planning.prepared import prepared_for
 from trainer_fsdp_patch.shadowing import shadowed
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
 
 @contextlib.contextmanager
-def hide_ignored(model: Any) -> Iterator[None]:
+def hide_ignored(model: nn.Module) -> Iterator[None]:
     """Hide what is not FSDP's while FSDP2 takes a model, then put the same objects back.
 
     Hidden tensors are neither sharded nor moved to meta nor asked to be DTensors, on any torch.
@@ -40,7 +44,7 @@ def hide_ignored(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def keep_dtype(model: Any) -> Iterator[None]:
+def keep_dtype(model: nn.Module) -> Iterator[None]:
     """Ignore casts of a planned model: what is frozen keeps its dtype, and packed weights their bytes.
 
     https://github.com/huggingface/accelerate/pull/3848
@@ -50,9 +54,9 @@ def keep_dtype(model: Any) -> Iterator[None]:
     if prepared_for(model) is None:
         yield
         return
-    upstream = model.to
+    upstream = cast("Callable[[object], object]", model.to)
 
-    def to(target: Any) -> Any:
+    def to(target: object) -> object:
         return model if isinstance(target, torch.dtype) else upstream(target)
 
     with shadowed(model, to=to):
@@ -60,7 +64,7 @@ def keep_dtype(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def skip_impossible_units(model: Any) -> Iterator[None]:
+def skip_impossible_units(model: nn.Module) -> Iterator[None]:
     """Around accelerate's FSDP2 of a planned model: what cannot be a unit stays with the one around it.
 
     Args:
@@ -83,21 +87,23 @@ class _Sharding(NamedTuple):
         waiting: modules that were asked for and share parameters with one that was not yet.
     """
 
-    model: Any
+    model: nn.Module
     within: set[int]
     others: dict[int, set[int]]
-    waiting: list[Any]
+    waiting: list[nn.Module]
 
 
 _SHARDING: ContextVar[_Sharding | None] = ContextVar("trainer_fsdp_patch_sharding", default=None)
 
 
-def is_sharding(instance: Any, arguments: dict[str, Any]) -> bool:
-    """Whether accelerate is sharding a planned model, of which the call is about a part."""
+def is_sharding(instance: object, arguments: dict[str, object]) -> bool:
+    """Whether accelerate is sharding a planned model, and the call is about a part of it."""
     return _SHARDING.get() is not None
 
 
-def fully_shard(upstream: Callable[..., Any], module: Any, **kwargs: Any) -> Any:
+def fully_shard(
+    upstream: Callable[..., object], module: nn.Module | list[nn.Module] | tuple[nn.Module, ...], **kwargs: object
+) -> object:
     """Make a module a unit of FSDP2 if it can be one; what cannot stays with the one around it.
 
     Args:
@@ -132,7 +138,7 @@ def fully_shard(upstream: Callable[..., Any], module: Any, **kwargs: Any) -> Any
     return module
 
 
-def _is_unit(module: Any) -> bool:
+def _is_unit(module: nn.Module) -> bool:
     """Whether torch takes a module: containers have no forward to gather before, and a unit's parts are taken."""
     from torch import nn
 
@@ -142,7 +148,7 @@ def _is_unit(module: Any) -> bool:
     return not any(isinstance(item, inventory.dtensor()) for item in own)
 
 
-def _own(module: Any) -> Iterator[Any]:
+def _own(module: nn.Module) -> Iterator[nn.Module]:
     """A module and those below it that are not in units of their own."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -153,7 +159,7 @@ def _own(module: Any) -> Iterator[Any]:
         pending += [child for child in item.children() if not isinstance(child, FSDPModule)]
 
 
-def _nested(one: Any, others: list[Any]) -> bool:
+def _nested(one: nn.Module, others: list[nn.Module]) -> bool:
     """Whether a module is inside one of the others, or has one of them inside."""
     below = {id(part) for part in one.modules()}
     return any(id(other) in below or any(part is one for part in other.modules()) for other in others)
@@ -175,7 +181,7 @@ def _ties(taken: inventory.Inventory, hidden: set[int]) -> dict[str, Callable[[]
     return {"tie_weights": tie_weights}
 
 
-def autocast_prepared(accelerator: Any, results: Sequence[Any]) -> None:
+def autocast_prepared(accelerator: Accelerator, results: object) -> None:
     """Run planned models under autocast and return fp32, as accelerate does for one process, DDP and FSDP1.
 
     Args:
@@ -201,7 +207,7 @@ def autocast_prepared(accelerator: Any, results: Sequence[Any]) -> None:
                 model.forward = MethodType(convert_outputs_to_fp32(context(function)), model)
 
 
-def keep_rng_state(model: Any) -> None:
+def keep_rng_state(model: nn.Module) -> None:
     """Make recomputation under activation checkpointing draw the noise of the first forward."""
     for module in model.modules():
         function = getattr(module, "checkpoint_fn", None)

@@ -39,7 +39,7 @@ def version_of(plugin: FullyShardedDataParallelPlugin) -> int:
 def remember_arguments(plugin: FullyShardedDataParallelPlugin, asked: dict[str, object]) -> None:
     """Keep what a user gave the FSDP plugin explicitly, so that it wins over a plan later.
 
-    Nothing is checked and nothing changed before a plan is made: whose run it is to be is not known yet.
+    Nothing is checked and nothing changed before a plan is made. Whose run it is to be is not known yet.
 
     Args:
         plugin: accelerate's FullyShardedDataParallelPlugin, after its init.
@@ -69,7 +69,12 @@ def warn_of_flag(plugin: FullyShardedDataParallelPlugin, config: dict[str, objec
 
 
 def explicit_policy(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> Policy | None:
-    """The plugin's mixed-precision policy where a user gave it, or None where accelerate or we made it."""
+    """The plugin's mixed-precision policy where a user gave it, or None where accelerate or we made it.
+
+    Args:
+        accelerator: its `mixed_precision` says which policy accelerate makes by itself.
+        plugin: accelerate's FullyShardedDataParallelPlugin.
+    """
     policy: Policy | None = plugin.mixed_precision_policy
     if policy is None or policy is getattr(plugin, _POLICY, None):
         return None
@@ -83,7 +88,7 @@ def explicit_policy(accelerator: Accelerator, plugin: FullyShardedDataParallelPl
 
 
 def user_ignored(plugin: FullyShardedDataParallelPlugin) -> str | Iterable[nn.Module] | None:
-    """The user's ignored modules, also after we have put ours beside them."""
+    """The user's ignored modules, also after we have put ours next to them."""
     ours, users = getattr(plugin, _IGNORED, (None, None))
     return users if ours is not None and plugin.ignored_modules is ours else plugin.ignored_modules
 
@@ -167,7 +172,7 @@ def plan_for(
 
 
 def shards(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> int:
-    """Number of ranks over which FSDP shards one copy of the base: fewer than all where groups of them hold it each.
+    """Number of ranks over which FSDP shards one copy of the base; fewer than all where groups hold one each.
 
     Args:
         accelerator: the run's.
@@ -189,7 +194,13 @@ def shards(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> 
 
 
 def set_flags(prepared: Prepared, plugin: FullyShardedDataParallelPlugin, explicit: Policy | None) -> None:
-    """Dtypes and ignored modules on accelerate's plugin; FSDP1 takes the latter as modules."""
+    """Set dtypes and ignored modules on accelerate's plugin; FSDP1 takes the latter as modules.
+
+    Args:
+        prepared: record of the model, before FSDP wraps it.
+        plugin: accelerate's FullyShardedDataParallelPlugin; it is changed.
+        explicit: the user's own mixed-precision policy, which stays, or None.
+    """
     import torch
 
     plan = prepared.plan
@@ -227,7 +238,7 @@ def _name_units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> Non
 
 
 def _wrap_policy(prepared: Prepared, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Keep FSDP1's units by size to modules that can be units, and add those of whole modules that are trained."""
+    """Keep FSDP1's units by size to modules that can be units, and add those of full modules that are trained."""
     from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
     model, wanted = prepared.model(), set(prepared.sharded_names)
@@ -274,8 +285,8 @@ def _or_own(
 def _ignored(prepared: Prepared) -> list[nn.Module]:
     """Modules for FSDP1 to ignore: those that hold nothing else than what is ignored, and one for the rest.
 
-    FSDP1 ignores tensors by identity wherever they sit, but is told of them by modules; a module of
-    our own names those that share theirs with base weights.
+    FSDP1 ignores tensors by identity wherever they sit, but is told of them by modules. A module of our own names those
+    that share theirs with base weights.
     """
     from torch import nn
 
@@ -286,6 +297,9 @@ def _ignored(prepared: Prepared) -> list[nn.Module]:
         if held and known.issuperset(held):
             whole.append(module)
     covered = {id(tensor) for module in whole for tensor in (*module.parameters(), *module.buffers())}
+    # What is left shares its modules with base weights, which FSDP1 would ignore with them.
+    # It is given in a module that is nobody's child. FSDP1 reads from it which tensors to ignore, and no more. Names in
+    # it are numbers, for those of the model have dots.
     rest = nn.Module()
     for index, tensor in enumerate(prepared.tensors):
         if id(tensor) in covered:

@@ -38,7 +38,13 @@ def is_apart(layer: VeraLayer, arguments: dict[str, object]) -> bool:
 
 
 def lacks_embedding_parallel(instance: object, arguments: dict[str, object]) -> bool:
-    """Whether transformers has no such class, without which peft 0.19 loads no adapter in a distributed run."""
+    """Whether transformers lacks `EmbeddingParallel`, which peft 0.19 imports where it loads an adapter in a
+    distributed run.
+
+    Args:
+        instance: None, for the wrapped function is no method.
+        arguments: of the call, by name.
+    """
     # until peft 0.20
     return versions.at_least("transformers", "5.16.0")
 
@@ -47,8 +53,8 @@ def lacks_embedding_parallel(instance: object, arguments: dict[str, object]) -> 
 def beside(layer: VeraLayer, x: torch.Tensor) -> Iterator[None]:
     """Show a VeRA layer its slices of the shared projections on the input's device and in lambda's dtype.
 
-    All layers share one pair, which lies where the first layer is; under device_map or DataParallel the
-    input of another layer is elsewhere.
+    All layers share one pair, which lies where the first layer is. Under device_map or DataParallel the input of
+    another layer is elsewhere.
 
     Args:
         layer: peft's VeRA layer of a linear base layer.
@@ -114,6 +120,13 @@ def packed(layer: Linear4bit) -> Iterator[None]:
 def shard_for_tp(
     upstream: Callable[..., object], model: nn.Module, state_dict: dict[str, torch.Tensor], adapter_name: str
 ) -> object:
-    """Shard loaded tensors where transformers split the base's layers, and leave them alone elsewhere."""
+    """Shard loaded tensors where transformers split the base's layers, and leave them alone elsewhere.
+
+    Args:
+        upstream: peft's `_maybe_shard_state_dict_for_tp`, which changes the state dict in place.
+        model: with the adapter.
+        state_dict: tensors of an adapter file, by key.
+        adapter_name: of the adapter that they are for.
+    """
     parts = (getattr(module, "_hf_tp_plan", None) for module in model.modules())
     return upstream(model, state_dict, adapter_name) if any(part is not None for part in parts) else None

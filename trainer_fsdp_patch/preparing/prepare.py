@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, PlanError
@@ -16,13 +16,20 @@ from trainer_fsdp_patch.preparing import base_weights, fsdp_plugin, later
 from trainer_fsdp_patch.saving import adapter_state
 from trainer_fsdp_patch.training import elementwise, optimizer_groups, steps
 
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import nn
+    from torch._C._distributed_c10d import ProcessGroup
+    from transformers import Trainer
+
 logger = logging.getLogger("trainer_fsdp_patch")
 
 _LOCAL = {"auto_mapping", "base_model_name_or_path", "revision"}
 """Entries of an adapter's configuration that may differ between machines."""
 
 
-def prepare(trainer: Any, model: Any, *, training: bool = False) -> Prepared | None:
+def prepare(trainer: Trainer, model: nn.Module, *, training: bool = False) -> Prepared | None:
     """Plan and apply, once for each model, before accelerate wraps it.
 
     Args:
@@ -65,7 +72,7 @@ def prepare(trainer: Any, model: Any, *, training: bool = False) -> Prepared | N
     return prepared
 
 
-def settle(accelerator: Any, prepared: Prepared, taken: inventory.Inventory) -> Prepared:
+def settle(accelerator: Accelerator, prepared: Prepared, taken: inventory.Inventory) -> Prepared:
     """Have all ranks hold the same adapter, and keep the record.
 
     Args:
@@ -80,7 +87,7 @@ def settle(accelerator: Any, prepared: Prepared, taken: inventory.Inventory) -> 
         return _settle(accelerator, prepared, taken)
 
 
-def _settle(accelerator: Any, prepared: Prepared, taken: inventory.Inventory) -> Prepared:
+def _settle(accelerator: Accelerator, prepared: Prepared, taken: inventory.Inventory) -> Prepared:
     model, plan = prepared.model(), prepared.plan
     agree(prepared)
     base_weights.synchronize(prepared, accelerator, taken)
@@ -95,7 +102,7 @@ def _settle(accelerator: Any, prepared: Prepared, taken: inventory.Inventory) ->
     return prepared
 
 
-def refuse_wrapped(model: Any) -> None:
+def refuse_wrapped(model: nn.Module) -> None:
     """Refuse a model that FSDP wrapped before we could plan.
 
     Raises:
@@ -112,7 +119,7 @@ def refuse_wrapped(model: Any) -> None:
         )
 
 
-def data_parallel_groups(accelerator: Any) -> list[Any]:
+def data_parallel_groups(accelerator: Accelerator) -> list[ProcessGroup | None]:
     """Process groups over which gradients are averaged, one for each dimension that FSDP works on.
 
     Raises:
@@ -139,15 +146,15 @@ def agree(prepared: Prepared) -> None:
     Raises:
         AdapterError: on all ranks, naming the first tensor or setting that differs.
     """
-    items: list[tuple[str, Any]] = []
+    items: list[tuple[str, object]] = []
     for adapter, config in getattr(prepared.model(), "peft_config", {}).items():
         values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
         items += [(f"peft_config[{adapter!r}].{key}", _plain(values[key])) for key in sorted({*values} - _LOCAL)]
     tensors = [item.tensor for item in (*prepared.plan.ignored, *prepared.plan.sharded)]
     items += [(tensor.name, (tensor.shape, tensor.dtype, tensor.role)) for tensor in tensors]
-    found = collectives.first_difference(dict(items), "comparison of the adapter's make-up")
-    if found is not None:
-        name, rank, here, there = found
+    difference = collectives.first_difference(dict(items), "comparison of the adapter's make-up")
+    if difference is not None:
+        name, rank, here, there = difference
         raise AdapterError(
             name,
             f"{here} on rank 0 and {there} on rank {rank}",
@@ -157,7 +164,7 @@ def agree(prepared: Prepared) -> None:
         )
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """Text that is the same in every process, whatever the order of sets and the address of objects."""
     return json.dumps(
         value,
@@ -166,11 +173,16 @@ def _plain(value: Any) -> str:
     )
 
 
-def materialize(prepared: Prepared, device: Any, taken: inventory.Inventory) -> None:
+def materialize(prepared: Prepared, device: torch.device, taken: inventory.Inventory) -> None:
     """Move what FSDP ignores to the device and give every rank rank 0's bits, objects unchanged.
 
     Quantized layers are moved with their module, which keeps their quantization state, and are not
     broadcast: every rank has loaded the same ones.
+
+    Args:
+        prepared: record of the model; it holds the tensors again.
+        device: of the rank.
+        taken: inventory of the model.
     """
     for slot in taken.slots:
         if prepared.roles.get(slot.name) == inventory.QUANTIZED and slot.tensor.device != device:
@@ -197,7 +209,7 @@ def materialize(prepared: Prepared, device: Any, taken: inventory.Inventory) -> 
     collectives.compare(list(adapter), list(adapter.values()), "after the broadcast")
 
 
-def _give_room(tensor: Any, device: Any) -> None:
+def _give_room(tensor: torch.Tensor, device: torch.device) -> None:
     """Give a meta tensor room on a device, where rank 0's values go; an optimizer may hold the object already.
 
     The `data` of a tensor on meta takes none of another device.

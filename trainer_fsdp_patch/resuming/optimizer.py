@@ -1,4 +1,4 @@
-"""The optimizer's part of a resume checkpoint: torch sends all ranks what rank 0 has read, if it is plain tensors."""
+"""The optimizer's part of a resume checkpoint: torch sends all ranks what rank 0 has read, in plain tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ StateDict = dict[str, Any]
 
 
 class Held(str):
-    """State that is no plain tensor, on its way through torch's functions, which send it to all ranks as it is.
+    """State that is no plain tensor, on its way through functions of torch that send it on as it is.
 
     They pass a string on, and ask what they take for a tensor for its copy on the CPU.
     """
@@ -44,8 +44,8 @@ def load_full(
 ) -> object:
     """Read an optimizer's full checkpoint under FSDP2, whatever the optimizer keeps.
 
-    torch asks the tensors of the state for a device, of which plain SGD has none, and broadcasts quantized tensors
-    by an operation that they do not have.
+    torch asks the tensors of the state for a device, and plain SGD has none. It broadcasts quantized tensors by an
+    operation that they do not have.
 
     Args:
         upstream: torch's `set_optimizer_state_dict`; it is asked wherever there is state.

@@ -101,6 +101,7 @@ def _take_empty_step(optimizer: torch.optim.Optimizer) -> None:
     """Make the optimizer allocate its state and leave every parameter as it is."""
     import torch
 
+    # A rate of zero leaves parameters alone, decoupled decay included. What is read replaces the moments.
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [item for group in optimizer.param_groups for item in group["params"] if item.requires_grad]
     for group in optimizer.param_groups:

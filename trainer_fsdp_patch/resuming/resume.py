@@ -51,15 +51,15 @@ def model_state_dict(
     *,
     full_by_canonical_name: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """The model part of a resume checkpoint: the adapter, whole on every rank.
+    """The model part of a resume checkpoint: the adapter, full on every rank.
 
     Args:
         upstream: accelerate's own; it is asked for what is more than the adapter.
         model: as prepared by accelerate, planned.
         adapter_only: whether frozen base weights are left out.
         sd_options: torch's StateDictOptions under FSDP2 since accelerate 1.7, or None.
-        full_by_canonical_name: whether this release of accelerate reads full FSDP2 checkpoints by the names of
-            the model's state dict, and not by those of an adapter file.
+        full_by_canonical_name: whether this release of accelerate reads full FSDP2 checkpoints by the names of the
+            model's state dict. Others do so by those of an adapter file.
 
     Returns:
         Copies on the CPU, by names that the same release reads without us.
@@ -87,7 +87,7 @@ def names(model: nn.Module, live: dict[str, torch.Tensor], *, as_peft: bool) -> 
     if not as_peft:
         return live
     bare = unwrap(model)
-    # peft may hand out detached tensors, which share the memory of the live one.
+    # peft may hand out detached tensors, which share the memory of the live one: their address tells which it is.
     here = {_storage_key(tensor): tensor for tensor in live.values()}
     active = getattr(bare, "active_adapter", None)
     written = adapter_state.keys(bare, live).get(str(active[0] if isinstance(active, list) else active), {})
@@ -117,7 +117,7 @@ def load_model_state_dict(
         sd_options: as for `model_state_dict`.
 
     Raises:
-        AdapterError: a tensor is missing, foreign, or one rank's shard. During a Trainer's load it is raised by
+        AdapterError: a tensor is missing, foreign, or the shard of one rank. During a Trainer's load it is raised by
             `load` on all ranks.
     """
     prepared = prepared_for(model) if adapter_only else None
@@ -194,13 +194,13 @@ def load(upstream: Callable[[], object], trainer: Trainer, folder: str) -> objec
     """Load a checkpoint of a Trainer: afterwards every rank has the adapter that rank 0 has read.
 
     Args:
-        upstream: loads it; it is not asked where the folder holds an adapter and nothing to resume from, as
+        upstream: loads it. It is not asked where the folder holds an adapter and nothing to resume from, as
             `save_only_model` leaves it.
         trainer: whose model is loaded.
         folder: of the checkpoint.
 
     Raises:
-        AdapterError: on all ranks, where the checkpoint is not whole or one rank refused what it read.
+        AdapterError: on all ranks, where the checkpoint is not complete or one rank refused what it read.
     """
     prepared = prepared_by(trainer)
     assert prepared is not None

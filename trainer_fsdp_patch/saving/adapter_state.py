@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from trainer_fsdp_patch.files import verify
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared_for
-from trainer_fsdp_patch.saving import gathering, liveness, naming
+from trainer_fsdp_patch.saving import embeddings, gathering, liveness, naming
 from trainer_fsdp_patch.shadowing import shadowed
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def gathered(model: nn.Module, given: dict[str, torch.Tensor] | None) -> Iterato
 def saving(trainer: Trainer) -> Iterator[None]:
     """Around a Trainer's save of a bare adapter: what is gathered inside is the adapter, and the base is not.
 
-    The answer stays whole where somebody may want more of it: a model of which the adapter is a part, which is written
-    tensor by tensor, or a `_save` of the user's own.
+    The answer stays full where somebody may want more of it. A model with an adapter as a part of it is written tensor
+    by tensor. A user may have a `_save` of their own.
 
     Args:
         trainer: with a planned model.
@@ -76,16 +76,16 @@ def state_dict(
         model: as wrapped by FSDP.
 
     Returns:
-        Tensors on the CPU by canonical name. All of them, on rank 0, as upstream promises; inside our own save of a
-        bare adapter everything that its file may take tensors from, on all ranks.
+        Tensors on the CPU by canonical name. They are all of the model's, on rank 0, as upstream promises. Inside our
+        own save of a bare adapter they are what its file may take, on all ranks.
 
     Raises:
-        AdapterError: on all ranks, where ranks differ, and inside our own save where a value is not finite or something
-            would be missing.
+        AdapterError: on all ranks, where ranks differ. Inside our own save also where a value is not finite or a tensor
+            is missing.
     """
     prepared = prepared_for(model)
     if prepared is None:
-        # Before train() there is nothing to gather, and FSDP1 fails for want of a unit.
+        # Before train() there is nothing to gather, and FSDP1 fails where it has no unit.
         return model.state_dict()
     if _SAVED.get() is not prepared:
         return _everything(upstream, accelerator, model, prepared)
@@ -95,7 +95,7 @@ def state_dict(
 def _everything(
     upstream: Callable[[], dict[str, torch.Tensor]], accelerator: Accelerator, model: nn.Module, prepared: Prepared
 ) -> dict[str, torch.Tensor]:
-    """What upstream gives; FSDP2 loses its way in layers that keep more in a state dict than tensors, as 8-bit ones."""
+    """What upstream gives. FSDP2 loses its way in layers that keep more in a state dict than tensors, as 8-bit ones."""
     if prepared.plan.fsdp_version == 1:
         everything = upstream()
         # FSDP1 neither moves what it ignores to the CPU, nor leaves it out where it gives nothing else.
@@ -117,8 +117,8 @@ def _everything(
 def _adapter(accelerator: Accelerator, model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor]:
     """What an adapter's file may take its tensors from.
 
-    The adapter is whole on every rank, so no collective gathers the frozen base; only the embeddings are gathered,
-    which peft writes beside an adapter that targets or resizes them.
+    The adapter is full on every rank, so no collective gathers the frozen base. Only the embeddings are gathered, for
+    peft writes them next to an adapter that targets or resizes them.
     """
     adapter = prepared.of_adapter()
     collectives.compare(list(adapter), list(adapter.values()), "before saving")
@@ -132,7 +132,7 @@ def _adapter(accelerator: Accelerator, model: nn.Module, prepared: Prepared) -> 
     prove(unwrap(model), tensors, prepared)
     if accelerator.is_main_process:
         warn_of_shards(tensors)
-    tensors.update(embeddings(model, set(tensors), kept=accelerator.is_main_process))
+    tensors.update(embeddings.full_weights(model, set(tensors), kept=accelerator.is_main_process))
     return tensors
 
 
@@ -140,6 +140,10 @@ def added(model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor]:
     """Tensors of adapters that came after the plan: a reference that a callback loads, the best of several files.
 
     They may require gradients, for `set_adapter` asks for these. None was trained: a step that holds one is refused.
+
+    Args:
+        model: bare.
+        prepared: its record.
     """
     names = set(getattr(model, "peft_config", {})) - expected(prepared).keys()
     return {
@@ -150,14 +154,23 @@ def added(model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor]:
 
 
 def on_cpu(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU; a tensor that stands under several names is copied once."""
+    """Copies on the CPU; a tensor that stands under several names is copied once.
+
+    Args:
+        named: tensors, and whatever else a state dict keeps, which stays as it is.
+    """
     different = {id(item): item for item in named.values()}
     copies = {key: item.detach().cpu() if hasattr(item, "detach") else item for key, item in different.items()}
     return {name: copies[id(tensor)] for name, tensor in named.items()}
 
 
 def persistent(model: nn.Module, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under all their names, as a state dict has them: without non-persistent buffers."""
+    """The adapter's tensors under all their names, as a state dict has them: without non-persistent buffers.
+
+    Args:
+        model: wrapped or not.
+        adapter: tensors of the model by canonical name, each once.
+    """
     known = {id(tensor) for tensor in adapter.values()}
     result = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -168,7 +181,12 @@ def persistent(model: nn.Module, adapter: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def live(model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor]:
-    """The same, with what FSDP has sharded of it gathered; every rank takes part."""
+    """The adapter's tensors under all their names, with what FSDP has sharded of it gathered; every rank takes part.
+
+    Args:
+        model: as prepared by accelerate, or before that.
+        prepared: its record.
+    """
     return persistent(model, prepared.of_adapter()) | gathering.under_all_names(
         prepared, gathering.full_tensors(model, prepared)
     )
@@ -176,6 +194,9 @@ def live(model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor]:
 
 def refuse_dead(adapter: dict[str, torch.Tensor]) -> None:
     """Refuse an adapter that cannot be right whatever is written of it.
+
+    Args:
+        adapter: its tensors by canonical name, full.
 
     Raises:
         AdapterError: it has no tensor, or a value that is not finite.
@@ -203,7 +224,11 @@ def refuse_dead(adapter: dict[str, torch.Tensor]) -> None:
 
 
 def warn_of_shards(tensors: dict[str, torch.Tensor]) -> None:
-    """Say where an adapter has one rank's rows only: a run that began with such a file would hand it on."""
+    """Say where an adapter has the rows of one rank only. A run that began with such a file would hand it on.
+
+    Args:
+        tensors: what is about to be saved, by canonical name.
+    """
     for key, _, text in verify.one_rank(tensors):
         warn(
             key,
@@ -213,47 +238,13 @@ def warn_of_shards(tensors: dict[str, torch.Tensor]) -> None:
         )
 
 
-def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules of the input and output embeddings by canonical name, as they stand in a model, wrapped or not."""
-    bare = unwrap(model)
-    getters = ("get_input_embeddings", "get_output_embeddings")
-    layers = [getattr(bare, getter)() for getter in getters if hasattr(bare, getter)]
-    wanted = {id(module) for layer in layers if layer is not None for module in layer.modules()}
-    return {canonical(name): module for name, module in model.named_modules() if id(module) in wanted}
-
-
-def embeddings(model: nn.Module, known: set[str], *, kept: bool) -> dict[str, torch.Tensor]:
-    """Weights of the input and output embeddings that are not known, whole; every rank takes part.
+def keys(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """What peft would write of a state dict, by adapter; {} for models that keep adapters in another way.
 
     Args:
-        model: as wrapped by FSDP.
-        known: canonical names of what is not wanted.
-        kept: whether this rank keeps them, and does not only take part.
+        model: bare.
+        tensors: state dict of the model, or the part that adapters may take, by canonical name.
     """
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    modules = embedding_modules(model)
-    wanted = {id(module) for module in modules.values()}
-    result: dict[str, torch.Tensor] = {}
-
-    def collect(named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        for name, tensor in named:
-            if canonical(name).rpartition(".")[0] in modules and canonical(name) not in known:
-                whole = tensor.full_tensor() if isinstance(tensor, inventory.dtensor()) else tensor
-                if kept:
-                    result[canonical(name)] = whole.detach().cpu().clone()
-
-    with contextlib.ExitStack() as stack:
-        # With units by size an embedding may be one, or be in one.
-        for unit in model.modules():
-            if isinstance(unit, FullyShardedDataParallel) and any(id(module) in wanted for module in unit.modules()):
-                stack.enter_context(FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False))
-        collect(model.named_parameters())
-    return result
-
-
-def keys(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """What peft would write of a state dict, by adapter: {} for models that keep adapters in another way."""
     from peft.utils.save_and_load import get_peft_model_state_dict
 
     options = {"state_dict": tensors, "save_embedding_layers": False}
@@ -264,7 +255,12 @@ def keys(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, dict[s
 
 
 def note_keys(prepared: Prepared, entries: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Keep which keys the file of each adapter has to have."""
+    """Keep which keys the file of each adapter has to have.
+
+    Args:
+        prepared: record of the model.
+        entries: what peft writes, by adapter and key.
+    """
     _EXPECTED[prepared] = {adapter: set(entry) for adapter, entry in entries.items()}
 
 
@@ -274,7 +270,12 @@ def expected(prepared: Prepared) -> dict[str, set[str]]:
 
 
 def expect(model: nn.Module, prepared: Prepared) -> None:
-    """Note before wrapping which keys a save has to have, and warn of what trains without being saved."""
+    """Note before wrapping which keys a save has to have, and warn of what trains without being saved.
+
+    Args:
+        model: bare, before FSDP wraps it.
+        prepared: its record.
+    """
     tensors = live(model, prepared)
     entries = keys(model, tensors)
     note_keys(prepared, entries)
@@ -293,6 +294,11 @@ def expect(model: nn.Module, prepared: Prepared) -> None:
 
 def prove(model: nn.Module, tensors: dict[str, torch.Tensor], prepared: Prepared) -> None:
     """Check that peft would write from a state dict what it would have written before wrapping.
+
+    Args:
+        model: bare.
+        tensors: what is about to be saved, by canonical name.
+        prepared: record of the model.
 
     Raises:
         AdapterError: on all ranks, naming the first key that is missing or too much.
@@ -314,6 +320,10 @@ def prove(model: nn.Module, tensors: dict[str, torch.Tensor], prepared: Prepared
 
 def save_sharded(trainer: Trainer, folder: str | None) -> None:
     """Write the adapter file where the Trainer writes none, under SHARDED_STATE_DICT; also before `train()`.
+
+    Args:
+        trainer: under FSDP or not.
+        folder: where the file belongs; None is the Trainer's output_dir.
 
     https://github.com/huggingface/transformers/issues/30491
     """

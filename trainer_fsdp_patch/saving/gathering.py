@@ -1,4 +1,4 @@
-"""Trainable tensors that FSDP has sharded: whole for a save, and each rank's part after a load."""
+"""Trainable tensors that FSDP has sharded: full for a save, and each rank's part after a load."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ def full_tensors(model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor
 
 
 def in_stored_dtype(prepared: Prepared, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors in the dtypes that they were given, or cast to; accelerate trains sharded ones in fp32."""
+    """The same tensors in the dtypes that they were given, or cast to; accelerate trains sharded ones in fp32.
+
+    Args:
+        prepared: record of the model.
+        named: full sharded tensors by canonical name.
+    """
     import torch
 
     if prepared.cast is not None:
@@ -46,14 +51,19 @@ def in_stored_dtype(prepared: Prepared, named: dict[str, torch.Tensor]) -> dict[
 
 
 def dtype(model: nn.Module, prepared: Prepared) -> torch.dtype | None:
-    """Of the sharded tensors as FSDP holds them, or None where there are none."""
+    """The dtype of the sharded tensors as FSDP holds them, or None where there are none.
+
+    Args:
+        model: as prepared by accelerate, or before that.
+        prepared: its record.
+    """
     flat = [unit._handle.flat_param for unit in own_units(model) if unit._handle]
     held: Sequence[torch.Tensor] = flat or [tensor for _, tensor in _named(model, prepared)]
     return held[0].dtype if held else None
 
 
 def own_units(model: nn.Module) -> list[FullyShardedDataParallel]:
-    """FSDP1's units of trainable modules, in a model of which some are sharded."""
+    """FSDP1's units of trainable modules; none where the plan shards no trainable tensor."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     prepared = prepared_for(model)
@@ -84,7 +94,12 @@ def empty_like_sharded(prepared: Prepared) -> dict[str, torch.Tensor]:
 
 
 def under_all_names(prepared: Prepared, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors by all the names that a state dict has for them."""
+    """The same tensors by all the names that a state dict has for them.
+
+    Args:
+        prepared: record of the model.
+        named: tensors by first canonical name; those that FSDP does not shard are left out.
+    """
     return {
         alias: named[item.tensor.name]
         for item in prepared.plan.sharded
@@ -124,7 +139,12 @@ def scatter(model: nn.Module, prepared: Prepared, values: dict[str, torch.Tensor
 
 
 def part(tensor: DTensor, value: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a full value that every rank has, laid out as a sharded tensor is; all take part."""
+    """This rank's part of a full value that every rank has, laid out as a sharded tensor; all take part.
+
+    Args:
+        tensor: the sharded one.
+        value: full, of the same shape.
+    """
     from torch.distributed.tensor import distribute_tensor
 
     # until torch 2.7: rank 0 hands the parts out, where each could take its own
@@ -144,7 +164,11 @@ def _named(model: nn.Module, prepared: Prepared) -> list[tuple[str, torch.Tensor
 
 
 def make_root(model: nn.Module) -> None:
-    """Have FSDP1 know its root: the first unit that is summoned becomes one for good, so the real one comes first."""
+    """Have FSDP1 know its root. The first unit that is summoned becomes one for good, so the real one comes first.
+
+    Args:
+        model: wrapped by FSDP1.
+    """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     if getattr(model, "_is_root", None) is None:
@@ -154,7 +178,7 @@ def make_root(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _summoned(model: nn.Module, *, writeback: bool) -> Iterator[None]:
-    """FSDP1's units that train something, whole; FSDP2 needs no such thing."""
+    """Summon the full parameters of FSDP1's units that train something; FSDP2 needs no such thing."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     summon = FullyShardedDataParallel.summon_full_params

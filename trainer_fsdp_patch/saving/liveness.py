@@ -52,6 +52,7 @@ class Liveness:
 
         One process saves such a run: in bf16 the first small steps of a warm-up round to nothing.
         """
+        # Negated, for NaN is above nothing.
         if self.moved or not self.steps or self.largest is None or not float(self.largest) > 0:
             return
         self.moved = _differ(self.start, self.tensors)

@@ -44,7 +44,13 @@ def call_with_canonical_names(
 ) -> Result:
     """Call one of peft's functions with a model whose names are those of a state dict.
 
-    peft asks modules_to_save for their state dict, of which it needs the names: one rank saves, so none may gather.
+    peft asks modules_to_save for their state dict and needs its names only. One rank saves, so none may gather.
+
+    Args:
+        function: takes the model first.
+        model: wrapped or not.
+        *args: for the function.
+        **kwargs: for the function.
     """
     with contextlib.ExitStack() as stack:
         for module in gathering.own_units(model):

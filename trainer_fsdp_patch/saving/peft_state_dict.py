@@ -10,7 +10,7 @@ from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, warn
 from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
-from trainer_fsdp_patch.saving import adapter_state, gathering, naming
+from trainer_fsdp_patch.saving import adapter_state, embeddings, gathering, naming
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ def answer(
 ) -> dict[str, torch.Tensor]:
     """What peft's `get_peft_model_state_dict` gives of a planned model.
 
-    Without a state dict the answer takes no collective: the adapter is whole on each rank, so that one of them may ask
+    Without a state dict the answer takes no collective. The adapter is full on each rank, so that one of them may ask
     alone. Only what FSDP has sharded of it needs all ranks.
 
     Args:
@@ -36,8 +36,8 @@ def answer(
         Tensors by the keys of an adapter file.
 
     Raises:
-        AdapterError: something sharded is asked for and the other ranks do not ask; what was given has one rank's part
-            of a tensor; or, on the main process, nothing of the adapter is about to be written.
+        AdapterError: something sharded is asked for and the other ranks do not ask. Or what was given has the part of
+            one rank. Or, on the main process, nothing of the adapter is about to be written.
 
     https://github.com/huggingface/peft/issues/286
     """
@@ -50,12 +50,13 @@ def answer(
 
     given = arguments.get("state_dict")
     if given is None and "state_dict" in vars(unwrap(arguments["model"])):
-        # A user has put a function of their own there, as alpaca-lora's script does, or a save what it has gathered.
+        # A user has put a function of their own there, as alpaca-lora's script does. Or a save has, for what it
+        # gathered.
         return call(unwrap(arguments["model"]).state_dict())
     if given is None:
         return _asked(call, arguments["model"], prepared)
     if not given and not collectives.is_main():
-        # Only the main process has a full state dict, and some of peft's methods fail for want of a key.
+        # Only the main process has a full state dict, and some of peft's methods fail where a key is missing.
         return {}
     named = given
     if any(canonical(key) != key for key in given):
@@ -87,7 +88,7 @@ def _asked(
     wrapped = prepared.wrapped()
     whole = gathering.in_stored_dtype(prepared, gathering.full_tensors(wrapped, prepared))
     own |= gathering.under_all_names(prepared, whole)
-    return call(own | adapter_state.embeddings(wrapped, set(own), kept=True))
+    return call(own | embeddings.full_weights(wrapped, set(own), kept=True))
 
 
 @functools.cache
@@ -107,7 +108,7 @@ def _empty(model: nn.Module, prepared: Prepared, known: set[str]) -> dict[str, t
 
     stand_ins = {item.tensor.name: empty(*item.tensor.shape) for item in prepared.plan.sharded}
     stand_ins = gathering.under_all_names(prepared, stand_ins)
-    modules = adapter_state.embedding_modules(model)
+    modules = embeddings.modules_of(model)
     for name, tensor in model.named_parameters(remove_duplicate=False):
         # FSDP1's flat parameter knows the names of what is in it.
         prefix = name.removesuffix(_FLAT)
@@ -119,7 +120,7 @@ def _empty(model: nn.Module, prepared: Prepared, known: set[str]) -> dict[str, t
 
 
 def _parts(named: dict[str, torch.Tensor], prepared: Prepared) -> list[str]:
-    """Tensors of the adapter of which a state dict has what one rank holds."""
+    """Names of the adapter's tensors that a state dict has as one rank holds them, and not full."""
     parts = []
     for item in prepared.plan.sharded:
         for name in item.tensor.names:

@@ -1,4 +1,4 @@
-"""Adapter files are written beside the old ones, read back, and only then put in their place."""
+"""Adapter files are written next to the old ones, read back, and only then put in their place."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_tensors(
     filename: str | os.PathLike[str],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file whole, or leave the one that was there.
+    """Write a safetensors file in full, or leave the one that was there.
 
     Args:
         upstream: safetensors' `save_file`.
@@ -35,8 +35,8 @@ def write_tensors(
         metadata: of the file.
 
     Raises:
-        AdapterError: it could not be written, or what was written is not what was to be; or, on the main process, there
-            is no tensor to write. The others leave such a file out.
+        AdapterError: it could not be written, or what was written is not what was to be. On the main process also where
+            there is no tensor to write; the others leave such a file out.
     """
     if not any_prepared() or not os.path.basename(filename).startswith("adapter_model"):
         upstream(values, filename, metadata=metadata)
@@ -72,7 +72,7 @@ def _refuse_empty(filename: str | os.PathLike[str]) -> None:
 
 
 def write_folder(upstream: Callable[..., Result], save_directory: str | os.PathLike[str], **kwargs: object) -> Result:
-    """Let a function that writes small files into a folder write them whole, or leave those that were there.
+    """Let a function that writes small files into a folder write them in full, or leave those that were there.
 
     Args:
         upstream: takes the folder and keyword arguments.
@@ -103,6 +103,10 @@ def _settle(beside: Path, target: Path) -> None:
 
 def equal(path: Path, values: dict[str, torch.Tensor]) -> None:
     """Read a file back and hold it against what was to be written.
+
+    Args:
+        path: of a safetensors file.
+        values: tensors by key, on any device.
 
     Raises:
         AdapterError: naming the first key that is missing or has other bits.
@@ -166,6 +170,7 @@ def _agree(failure: Exception | None, device: torch.device) -> None:
             return
         everyone = collectives.all_gather_object(said, "save of the adapter")
     finally:
+        # The first error wins. A rank that failed must not end with that of a collective that others have left.
         if failure is not None:
             raise failure
     failed = [(rank, text) for rank, text in enumerate(everyone) if text]

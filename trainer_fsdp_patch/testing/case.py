@@ -71,7 +71,7 @@ class Setup:
 class Outcome:
     """What a run gave: an error in one line, or its numbers and the folder of its saved adapter.
 
-    `footprint` is what FSDP took of rank 0 in the steps, also where the run failed after them, and `planned` what the
+    `footprint` is what FSDP took of rank 0 in the steps, also where the run failed after them. `planned` is what the
     plan said of it.
     """
 
@@ -99,11 +99,16 @@ class Verdict:
 
 
 def compare(case: Outcome, reference: Outcome, setup: Setup) -> Verdict:
-    """Whether a run trained and saved what one process did, and took no more of a rank than its plan says.
+    """Whether a run trained and saved what one process did, and took no more than its plan says.
 
-    The error of a tensor is the norm of the difference of the two results over the norm of the
-    reference's update, in the saved file and, where the run holds whole tensors, after each step. That
-    of losses and gradient norms is relative. Frozen tensors have to have the same bits.
+    The error of a tensor is the norm of the difference of the results over that of the reference's update. It is taken
+    of the saved file and, where the run holds full tensors, after each step. That of losses and gradient norms is
+    relative. Frozen tensors have to have the same bits.
+
+    Args:
+        case: the run on ranks.
+        reference: the run in one process.
+        setup: how both were trained; it sets the tolerance.
     """
     from safetensors.torch import load_file
 
@@ -130,6 +135,7 @@ def compare(case: Outcome, reference: Outcome, setup: Setup) -> Verdict:
     ]
     broken = next((verdict for verdict in errors if verdict.error), None)
     worst = max(errors, key=lambda verdict: verdict.worst).worst
+    # Negated, for NaN is below nothing.
     if broken is None and not worst <= setup.tolerance:
         return Verdict(f"off by {worst:.1e} of the update", worst)
     taken = footprint.fault(case.footprint, case.planned, None) if case.footprint else ""
@@ -149,4 +155,5 @@ def _error(key: str, before: torch.Tensor, wanted: torch.Tensor, ours: torch.Ten
     update, difference = (float((wanted.double() - other.double()).norm()) for other in (before, ours))
     if update == 0:
         return Verdict(f"{key} is frozen and was changed" if difference else "", difference)
+    # NaN is not equal to itself.
     return Verdict("", difference / update if difference == difference else float("inf"))

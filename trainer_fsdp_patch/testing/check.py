@@ -1,4 +1,4 @@
-"""`python -m trainer_fsdp_patch check`: trains VeRA on two ranks, stock and patched, beside one process."""
+"""`python -m trainer_fsdp_patch check`: trains VeRA on two ranks, stock and patched, next to one process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def ranks() -> int:
 def run() -> int:
     """Run every set-up stock and patched, print the table, and return 0 only if every patched cell is right.
 
-    A patched cell has to equal one process, and may take no more of a rank than its plan says and than stock does.
+    A patched cell has to equal one process. It may take no more of a rank than its plan says and than stock does.
     """
     from rich.console import Console
     from rich.table import Table

@@ -1,7 +1,7 @@
 """Lets CPU ranks train under FSDP through the Trainer, for `check` and for the tests.
 
 accelerate turns FSDP on for accelerators only. `bridge` makes it run over gloo, faithfully for everything that is
-Python, and `allow_packed_weights` has older releases of transformers load quantized bases there.
+Python. `allow_packed_weights` has older releases of transformers load quantized bases there.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def bridge(arguments: TrainingArguments) -> None:
     PartialState._shared_state["device"] = torch.device("cpu")
     for name in _CONFIGS:
         config = getattr(fsdp1, name)
+        # The name is the mark of a class that is done already.
         if config.__setattr__.__name__ != _never_offloaded.__name__:
             config.__setattr__ = _never_offloaded(config.__setattr__)
 

@@ -107,11 +107,17 @@ def _child(
     code = int(bool(outcome.error))
     Path(f"{path}.part").write_bytes(pickle.dumps(outcome))
     os.replace(f"{path}.part", path)
+    # Without the handlers of the parent, which may wait for threads that a fork has not.
     os._exit(code)
 
 
 def failed(error: BaseException, outcome: Outcome) -> Outcome:
-    """The error in one line, beside what the run did before it."""
+    """The error in one line, next to what the run did before it.
+
+    Args:
+        error: what a rank raised.
+        outcome: what it had by then.
+    """
     first = (str(error).strip() or "no text").splitlines()[0]
     extra = {**outcome.extra, "traceback": "".join(traceback.format_exception(error))}
     return Outcome(error=f"{type(error).__name__}: {first}", footprint=outcome.footprint, extra=extra)

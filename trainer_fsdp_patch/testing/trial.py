@@ -119,7 +119,7 @@ def dataset(size: int, *, even: bool = False) -> list[dict[str, torch.Tensor]]:
 
 
 def arguments(setup: case.Setup, folder: str, ranks: int) -> TrainingArguments:
-    """TrainingArguments of a case; one process gets the whole global batch."""
+    """TrainingArguments of a case; one process gets the full global batch."""
     import torch
     from transformers import TrainingArguments
 
@@ -131,8 +131,8 @@ def arguments(setup: case.Setup, folder: str, ranks: int) -> TrainingArguments:
         gradient_accumulation_steps=setup.accumulation * setup.micro,
         max_steps=STEPS,
         learning_rate=1e-2,
-        # With the default, Adam steps by the sign of the gradient: a wrong scale would not show, and where
-        # the gradient is nearly zero bf16 noise would decide the step.
+        # With the default, Adam steps by the sign of the gradient, and a wrong scale would not show. Where the gradient
+        # is nearly zero, bf16 noise would decide the step.
         adam_epsilon=1e-2,
         optim=setup.optim,
         max_grad_norm=setup.clip,
@@ -177,11 +177,10 @@ def train(
 
     Args:
         setup: the case.
-        configure: takes the base model, returns the PEFT model. Where it has them, these attributes are heeded: `load`
-            and `dataset` in place of this module's, `rows` (columns that the data has beside the model's), `even`
-            (its loss ignores the Trainer's count of tokens), `micro` (its forward mixes the rows of a batch, so that
-            one process takes a batch in two parts), `callbacks` (makes those of its schedule) and `save` (writes what
-            peft cannot save from the model's state dict, which is gathered, into a folder).
+        configure: takes the base model, returns the PEFT model. It may have attributes. `load` and `dataset` stand in
+            for this module's. `rows` are columns of the data next to the model's. `even`: its loss ignores the count of
+            tokens. `micro`: its forward mixes the rows of a batch, so that one process takes it in two parts.
+            `callbacks` makes those of its schedule. `save` writes the gathered state dict where peft cannot.
         base: folder of the base model.
         folder: where the adapter is written.
         ranks: number of processes.
@@ -328,7 +327,16 @@ def _trainer(recorder: Any) -> type[Trainer]:
 def run(
     setup: case.Setup, configure: Configure, base: str, folder: Path, *, ranks: int = 0, patched: bool = True
 ) -> case.Outcome:
-    """Train one case on forked ranks, the set-up's where no number is given; losses are averaged over them."""
+    """Train one case on forked ranks, the set-up's where no number is given; losses are averaged over them.
+
+    Args:
+        setup: the case.
+        configure: as for `train`.
+        base: folder of the base model.
+        folder: where the adapter is written.
+        ranks: number of processes; 0 is that of the set-up.
+        patched: whether to call `patch()` first.
+    """
     ranks = ranks or setup.ranks
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = forks.launch(train, setup, configure, base, str(folder), ranks, patched, ranks=ranks)

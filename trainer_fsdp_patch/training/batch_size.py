@@ -90,7 +90,7 @@ def _alone(said: str, others: list[int]) -> RankError:
 
 
 def _recover(trainer: Trainer) -> None:
-    """Bring FSDP's units to where they are between two steps, of which a part was taken."""
+    """Bring FSDP's units to where they are between two steps, after one that was broken off."""
     from torch.distributed.fsdp import FullyShardedDataParallel, _runtime_utils
 
     prepared, model = prepared_by(trainer), trainer.model
@@ -101,6 +101,7 @@ def _recover(trainer: Trainer) -> None:
     for module in model.modules():
         # Neither version knows its root before the first forward.
         if isinstance(module, FullyShardedDataParallel):
+            # An exception has kept autograd from ending the pass: this is how it would have.
             if module._is_root:
                 _runtime_utils._post_backward_final_callback(module, module)
         elif getattr(footprint.state_of(module), "_is_root", False):
@@ -120,7 +121,7 @@ def _forget_gradients(group: FSDPParamGroup) -> None:
 
 
 def _reset(module: nn.Module) -> None:
-    """The same under FSDP2."""
+    """Bring an FSDP2 root and its units to where they are between two steps."""
     # until torch 2.13
     reset = getattr(module, "reset_iter_state", None)
     if reset is not None:

@@ -1,6 +1,6 @@
 """Casts of a model that FSDP has run already: `bf16_full_eval`, `model.to(dtype)`, `half()`.
 
-FSDP reads the dtype of what it shards before its first forward, and takes room to gather it of that dtype.
+FSDP reads the dtype of what it shards before its first forward. It takes room of that dtype to gather it.
 """
 
 from __future__ import annotations
@@ -57,10 +57,11 @@ def _read_flat(handle: FlatParamHandle | None) -> None:
 
 
 def _read_group(group: FSDPParamGroup) -> None:
-    """The same for a group of FSDP2."""
+    """Have a group of FSDP2 read its dtypes again, and gather into new tensors."""
     cast = [
         item for item in group.fsdp_params if getattr(item, "orig_dtype", None) not in (None, item.sharded_param.dtype)
     ]
+    # FSDP2 makes both anew in its next all-gather, of the dtype that it reads now.
     for item in cast:
         item.all_gather_outputs = []
         vars(item).pop("_unsharded_param", None)

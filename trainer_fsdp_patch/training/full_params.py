@@ -25,8 +25,8 @@ def summoned(
 ) -> contextlib.AbstractContextManager[None]:
     """Full parameters that a forward does not shard again.
 
-    FSDP1 writes what is summoned back at the end. A forward inside has sharded it by then, so that each rank
-    would write a slice of its own shard over the start of it.
+    FSDP1 writes what is summoned back at the end. A forward inside has sharded it by then. Each rank would write a
+    slice of its own shard over the start of it.
 
     Args:
         upstream: torch's `summon_full_params`.
@@ -63,6 +63,7 @@ def _kept_whole(context: contextlib.AbstractContextManager[None], module: nn.Mod
                     if "generate" in vars(unit):
                         # It gathers the root's parameters, which are here, by a forward of the root.
                         ours["generate"] = cast("Callable[..., object]", unit._fsdp_wrapped_module.generate)
+                    # On the instances: units of other models have the same classes.
                     stack.enter_context(shadowed(unit, **ours))
                     stack.enter_context(shadowed(unit._handle, reshard=_stay_whole))
                 yield

@@ -67,6 +67,8 @@ def _owner(model: nn.Module) -> nn.Module:
 
 
 def _as_forward(root: FullyShardedDataParallel, *args: object, **kwargs: object) -> object:
+    # FSDP gathers its root in the root's forward only, so all of `generate()` runs as that forward. Inside, the model
+    # has its own forward back: `generate()` calls it for each token.
     inner = root._fsdp_wrapped_module
     before = vars(inner).get("forward", inner.forward)
 

@@ -1,7 +1,8 @@
 """When the gradients of a replicated adapter are averaged: at the end of a backward pass, whoever calls it.
 
-As DDP does it, hooks see a pass begin and have autograd call back once it has ended: `loss.backward()`, several passes
-a step and a `.grad` that is read before the step all find averages. accelerate's flag says which passes synchronise.
+As DDP does it, hooks see a pass begin and have autograd call back once it has ended. So `loss.backward()`, several
+passes a step and a `.grad` that is read before the step all find averages. accelerate's flag says which passes
+synchronise.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Averaging:
         """Forget a pass that an exception has ended before autograd could call back."""
         import torch
 
+        # Minus one: no backward pass is running. In one, a checkpointed region computes its forward again.
         if torch._C._current_graph_task_id() == -1:
             self._queued, self._reached = False, None
 
@@ -75,6 +77,7 @@ class Averaging:
         import torch
 
         self._queued = True
+        # DDP and FSDP end their passes by this private call too; autograd has no public one.
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:

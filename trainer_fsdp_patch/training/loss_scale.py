@@ -22,9 +22,9 @@ Result = TypeVar("Result")
 def compute_loss(upstream: Callable[..., Result], trainer: Trainer, arguments: dict[str, Any]) -> Result:
     """Divide the count that the model gets by the ranks, where upstream multiplies the loss that it gives by them.
 
-    Averaging gradients over the ranks divides them once more, so upstream makes up for a loss that was divided by the
-    count of all ranks. A loss or a part of one that ignores the count, such as a classifier's or an adapter's penalty,
-    must not be multiplied, and this way is not.
+    Averaging gradients over the ranks divides them once more. So upstream makes up for a loss that was divided by the
+    count of all ranks. A classifier's loss ignores the count and must not be multiplied, nor must an adapter's penalty.
+    This way neither is.
 
     Args:
         upstream: the Trainer's own, bound; it takes the arguments by name.
@@ -55,7 +55,7 @@ def _multiplies(trainer: Trainer) -> bool:
 def _unrounded(prepared: Prepared, share: float | torch.Tensor) -> Iterator[None]:
     """Let the model's forward get the share itself: FSDP casts floating-point arguments to its low precision.
 
-    A count is a 0-dim tensor upstream, on which a forward may call `.to(device)`, so no plain number stands for it.
+    A count is a 0-dim tensor upstream. A forward may call `.to(device)` on it, so no plain number stands for it.
     """
 
     def restore(

@@ -1,6 +1,6 @@
-"""A layer into which an adapter is merged, or out of which it is taken: full meanwhile, and its shards hold the result.
+"""A layer is full while an adapter is merged into it or taken out. Its shards hold the result.
 
-peft adds to `weight.data`, of which a rank has a part. One layer is gathered at a time.
+peft adds to `weight.data`, and a rank has a part of that. One layer is gathered at a time.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def _full_tensors(layer: nn.Module, prepared: Prepared) -> Iterator[None]:
                 with collectives.collective("gathering of a layer"):
                     whole = parameter.full_tensor().detach()
                 held.append((module, key, parameter, torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)))
+    # Put in place once all are gathered: a collective that fails leaves the layer as it was.
     for module, key, _, whole in held:
         module._parameters[key] = whole
     try:
@@ -74,7 +75,7 @@ def _full_views(layer: nn.Module, prepared: Prepared) -> Iterator[None]:
         views = [(item, item.data) for item in layer.parameters()]
         yield
         for parameter, view in views:
-            # FSDP1 writes back its own flat tensor, of which another `data` is no part.
+            # FSDP1 writes back its own flat tensor, and another `data` is no part of it.
             if parameter.data.data_ptr() != view.data_ptr():
                 view.copy_(parameter.data)
                 parameter.data = view

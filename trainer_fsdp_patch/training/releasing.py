@@ -1,9 +1,9 @@
 """Lets FSDP1 free a frozen unit before it gathers the next one in the backward pass.
 
 FSDP1 frees a unit without trainable parameters when the gradients of its inputs are there, by hooks on these tensors.
-The output of one unit is the input of the next: the hook that gathers the earlier unit sits on the same tensor, came
-first and runs first, so that two are gathered at once. A tensor that many units read, as all layers of a decoder read
-what the encoder gave, has its gradient only when all of them are done, and all of them stay gathered until then.
+The output of one unit is the input of the next. The hook that gathers the earlier unit sits on the same tensor and came
+first. So it runs first, and two are gathered at once. All layers of a decoder read what the encoder gave. Such a tensor
+has its gradient only when all of them are done. All of them stay gathered until then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def own_inputs(
     handle: FlatParamHandle | None, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    """Inputs of a frozen unit as views, which no other unit has: each gets its gradient when the unit is done.
+    """Inputs of a frozen unit as views that no other unit has. Each gets its gradient when the unit is done.
 
     Args:
         handle: of the unit's flat parameter, or None where it has none.

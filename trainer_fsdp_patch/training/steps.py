@@ -1,4 +1,4 @@
-"""From one optimizer step to the next: averages at the end of each backward pass, and what is refused before a step."""
+"""From one optimizer step to the next: averages after each backward pass, and what is refused before a step."""
 
 from __future__ import annotations
 
