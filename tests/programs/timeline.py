@@ -113,7 +113,8 @@ def page(text: str, lines: dict[int, dict[str, list[str]]]) -> str:
     for phase in PHASES:
         before, start, rest = text.partition(f"<!-- timeline: {phase} -->\n")
         _, end, after = rest.partition("\n<!-- end -->")
-        assert start and end, phase
+        if not (start and end):
+            raise ValueError(f"{PAGE.name} has no marks for the table of {phase}")
         text = f"{before}{start}\n" + "\n".join(rows(lines, phase)) + f"\n{end}{after}"
     return text
 
