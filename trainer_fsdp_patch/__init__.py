@@ -4,6 +4,10 @@
     trainer_fsdp_patch.patch()
 
 Importing this package does nothing; `patch()` imports none of its targets.
+
+WHY IMPORTS STAND INSIDE FUNCTIONS. A patch has to be hooked before its target is imported, and a program that never
+imports torch must not pay for it. So no module of this package imports torch, transformers, accelerate, peft or another
+heavy package at its top, except below `if TYPE_CHECKING`. Functions import what they use. ruff's TID253 holds it.
 """
 
 from __future__ import annotations
