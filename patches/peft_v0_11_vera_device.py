@@ -27,5 +27,5 @@ patch = Patch(
 @patch.wrap("Linear.forward", "self", "x", "args", "kwargs", only=layers.is_apart)
 def projections_beside_the_input(wrapped: Wrapped, instance: VeraLayer, args: Args, kwargs: Kwargs) -> object:
     """Show the layer moved copies of its projections for the time of the call."""
-    with layers.beside(instance, argument(args, kwargs, 0, "x")):
+    with layers.on_input_device(instance, argument(args, kwargs, 0, "x")):
         return wrapped(*args, **kwargs)

@@ -101,20 +101,20 @@ def test_shards_that_train_are_planned_as_accelerate_keeps_them(
     assert outcome.footprint.rest == outcome.planned.rest
 
 
-TAKEN = Footprint(ranks=2, units=5, rest=90, base=60, whole=0, gathered=40, collectives=9)
+TAKEN = Footprint(ranks=2, units=5, rest=90, base=60, replicated=0, gathered=40, collectives=9)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"units": 3}, "3 FSDP units hold the base, stock has 5"),
-        ({"units": 3, "whole": 20}, ""),
+        ({"units": 3, "replicated": 20}, ""),
         ({"gathered": 41}, "41 bytes of parameters are gathered at once, stock has 40"),
         ({"base": 61}, "61 bytes of the base are held in shards, stock has 60"),
         ({"collectives": 10}, "10 collectives are in a step, stock has 9"),
         # A replicated adapter, and what the plan keeps whole, are the plan's own.
         ({"rest": 100}, ""),
-        ({"base": 80, "whole": 20}, ""),
+        ({"base": 80, "replicated": 20}, ""),
         ({"units": 6, "gathered": 30}, ""),
     ],
 )
@@ -122,7 +122,7 @@ def test_comparison_with_stock(change: dict[str, Any], said: str) -> None:
     assert footprint.fault(dataclasses.replace(TAKEN, **change), None, TAKEN) == said
 
 
-@pytest.mark.parametrize("name", ["gathered", "whole", "base", "rest"])
+@pytest.mark.parametrize("name", ["gathered", "replicated", "base", "rest"])
 def test_comparison_with_the_plan(name: str) -> None:
     more = dataclasses.replace(TAKEN, **{name: vars(TAKEN)[name] + 1})
     assert footprint.fault(more, TAKEN, None).endswith(f"the plan says {vars(TAKEN)[name]}")

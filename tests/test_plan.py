@@ -61,7 +61,7 @@ def test_what_of_the_base_stays_whole_is_said_with_its_bytes() -> None:
     plan = trainer_fsdp_patch.plan(METHODS["lora_replicated"](llama()))
     [cost] = plan.costs()
     assert cost.startswith(
-        f"{plan.nbytes('replicate', 'base') / 2**20:.1f} MiB of the base whole on each rank: shared by 2"
+        f"{plan.nbytes('replicate', 'base') / 2**20:.1f} MiB of the base full on each rank: shared by 2"
     )
     assert trainer_fsdp_patch.plan(METHODS["lora"](llama())).costs() == []
 

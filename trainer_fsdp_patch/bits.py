@@ -47,8 +47,8 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
 
     stored = bits(tensor)
     # Weights are odd: modulo 2**64 no odd number takes a difference to zero, so one changed word always shows.
-    device, whole = tensor.device, len(stored) // (8 * _ROW) * 8 * _ROW
-    table, rest = stored[:whole].view(torch.int64).view(-1, _ROW), stored[whole:]
+    device, rows = tensor.device, len(stored) // (8 * _ROW) * 8 * _ROW
+    table, rest = stored[:rows].view(torch.int64).view(-1, _ROW), stored[rows:]
     places = torch.arange(1, 2 * max(len(table), _ROW, len(rest)), 2, device=device)
     end = (rest * places[: len(rest)]).sum()
     # Sums wrap around. The rest counts in both, at weights of its own.

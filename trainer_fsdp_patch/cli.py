@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     """Every command with its arguments."""
     program = argparse.ArgumentParser(prog="python -m trainer_fsdp_patch", description=__doc__)
     commands = program.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="train a tiny VeRA on two ranks, stock and patched, beside one process")
+    commands.add_parser("check", help="train a tiny VeRA on two ranks, stock and patched, next to one process")
     status = commands.add_parser("status", help="which patches concern what is installed")
     form = status.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")

@@ -323,7 +323,7 @@ def measure(bench: Bench, method: str, setup: Setup, *, sides: Sequence[str] = S
 
 def numbers(taken: Footprint) -> list[int | None]:
     """A footprint in a record; the number of ranks is the set-up's."""
-    return [taken.units, taken.rest, taken.base, taken.whole, taken.gathered, taken.collectives]
+    return [taken.units, taken.rest, taken.base, taken.replicated, taken.gathered, taken.collectives]
 
 
 def beside(patched: Footprint | None, stock: Footprint | None) -> str:

@@ -22,7 +22,7 @@ from trainer_fsdp_patch.inspecting import footprint
 from trainer_fsdp_patch.testing import forks, trial
 
 DATA = Path(__file__).parent.parent / "data" / "footprints.json"
-NAMES = ("units", "rest", "base", "whole", "gathered", "collectives")
+NAMES = ("units", "rest", "base", "replicated", "gathered", "collectives")
 LAYERS, STEPS = 4, 2
 SETUPS = {1: Setup("f1", fsdp=1), 2: Setup("f2", fsdp=2)}
 

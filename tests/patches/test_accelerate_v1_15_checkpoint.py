@@ -59,7 +59,7 @@ def test_norms_beside_the_adapter_resume(bench: Bench, fsdp: int) -> None:
     [
         (lambda found: found.popitem(), "not in the checkpoint, as 0 more tensors"),
         (lambda found: found.update({"lora_A.weight": torch.zeros(2)}), "lora_A.weight: in the checkpoint, but not"),
-        (lambda found: found.update({key: value[:1] for key, value in found.items()}), "or one rank's shard"),
+        (lambda found: found.update({key: value[:1] for key, value in found.items()}), "or the shard of one rank"),
     ],
     ids=["missing", "foreign", "shard"],
 )

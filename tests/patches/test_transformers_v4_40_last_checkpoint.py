@@ -31,7 +31,7 @@ def test_names_what_it_skips(bench: Bench, tmp_path: Path, fsdp: int) -> None:
     outcomes = forks.launch(resumed, "cut", Setup("cut", fsdp=fsdp), bench.base, str(tmp_path), ranks=2)
     assert [outcome.error for outcome in outcomes] == ["", ""]
     for outcome in outcomes:
-        assert any("the last checkpoint is not whole: checkpoint-3" in text for text in outcome.extra["said"])
+        assert any("the last checkpoint is not complete: checkpoint-3" in text for text in outcome.extra["said"])
         assert outcome.extra["steps"] == [3]
 
 

@@ -52,7 +52,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_on_all_ranks(bench: Bench, fs
     outcomes = scene.run(checkpoints.resume_from(2), setup, patched=True, folder=folder)
     for outcome in outcomes:
         assert outcome.error.startswith("AdapterError: ")
-        assert "not whole: scheduler.pt is truncated" in outcome.error
+        assert "not complete: scheduler.pt is truncated" in outcome.error
 
 
 @fsdp2

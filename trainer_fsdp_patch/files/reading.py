@@ -174,7 +174,7 @@ def unreadable(path: Path, error: BaseException) -> AdapterError:
         str(path),
         f"cannot be read: {why}",
         "Nothing was loaded from it",
-        "Take the file of another save; `python -m trainer_fsdp_patch verify` tells which are whole",
+        "Take the file of another save; `python -m trainer_fsdp_patch verify` tells which are complete",
     )
 
 

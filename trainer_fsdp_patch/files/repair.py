@@ -19,13 +19,13 @@ REASONS = {
     "missing": "the tensors are nowhere in this folder",
     "empty": "the tensors are nowhere in this folder",
     "partial": "the missing layers are nowhere in this folder",
-    "no-element": "each rank held a part, and one rank's was written",
-    "one-rank": "each rank held a part, and one rank's was written",
+    "no-element": "each rank held a part, and that of one rank was written",
+    "one-rank": "each rank held a part, and that of one rank was written",
     "not-finite": "the values were lost in training",
     "zero": "a tensor that was never trained looks like one that was lost",
     "no-config": "give the configuration with --config FILE",
     "rounded": "the adapter was trained with the rounded projections, other ones would change what it does",
-    "incomplete": "a run cannot resume from it; its adapter may still be whole",
+    "incomplete": "a run cannot resume from it; its adapter may still be complete",
 }
 """Why a fault is not mended."""
 

@@ -36,7 +36,7 @@ class Footprint:
         units: those of FSDP that hold parameters of the base; one for each adapter matrix is no merit.
         rest: bytes of all parameters between steps: replicated ones, padded shards and what is still gathered then.
         base: the part of `rest` that is the base's; under FSDP1 without padding.
-        whole: the part of `base` that is in no unit, which every rank has.
+        replicated: the part of `base` that is in no unit, which every rank has.
         gathered: the largest number of bytes that units had gathered at once, as FSDP stores them, padding included.
         collectives: in a step, the largest number.
     """
@@ -45,7 +45,7 @@ class Footprint:
     units: int | None
     rest: int
     base: int
-    whole: int
+    replicated: int
     gathered: int | None
     collectives: int | None = None
 
@@ -57,7 +57,7 @@ class Footprint:
     @property
     def sharded(self) -> int:
         """Bytes of a rank's part of the base that FSDP holds."""
-        return self.base - self.whole
+        return self.base - self.replicated
 
 
 _SAID = {
@@ -65,7 +65,7 @@ _SAID = {
     "gathered": "bytes of parameters are gathered at once",
     "rest": "bytes of parameters are held between steps",
     "base": "bytes of the base are held between steps",
-    "whole": "bytes of the base are whole on each rank",
+    "replicated": "bytes of the base are full on each rank",
     "sharded": "bytes of the base are held in shards",
     "collectives": "collectives are in a step",
 }
@@ -85,11 +85,11 @@ def fault(ours: Footprint, planned: Footprint | None, stock: Footprint | None) -
         stock: of the same run without patches, where that came as far as a step.
     """
     for other, whose, names in (
-        (planned, "the plan says", ("units", "gathered", "whole", "base", "rest")),
+        (planned, "the plan says", ("units", "gathered", "replicated", "base", "rest")),
         (stock, "stock has", ("units", "gathered", "sharded", "collectives")),
     ):
         for name in names if other is not None else ():
-            if name == "units" and other is stock and ours.whole:
+            if name == "units" and other is stock and ours.replicated:
                 continue
             taken, wanted = getattr(ours, name), getattr(other, name)
             if taken is None or wanted is None or taken == wanted or (taken < wanted) != (name == "units"):
@@ -298,7 +298,7 @@ class Watch:
 
         return sampled
 
-    def whole(self) -> dict[str, int]:
+    def replicated(self) -> dict[str, int]:
         """Bytes of each parameter outside of units, by canonical name."""
         from trainer_fsdp_patch.inspecting.inventory import dtensor, nbytes_of
 
@@ -320,15 +320,15 @@ class Watch:
         """
         if not self.units:
             return None
-        left, whole = self.sample(), self.whole()
+        left, replicated = self.sample(), self.replicated()
         parts = [(unit.shards(), unit.of(self.base)) for unit in self.units]
-        of_base = sum(size for name, size in whole.items() if name in self.base)
+        of_base = sum(size for name, size in replicated.items() if name in self.base)
         now = Footprint(
             ranks=self.units[0].ranks,
             units=sum(bool(of_unit) for _, of_unit in parts),
-            rest=left + sum(whole.values()) + sum(unit.held() for unit in self.units),
+            rest=left + sum(replicated.values()) + sum(unit.held() for unit in self.units),
             base=left + of_base + sum(shards[name] for shards, of_unit in parts for name in of_unit),
-            whole=of_base,
+            replicated=of_base,
             gathered=self.peak,
             collectives=collectives,
         )

@@ -115,15 +115,15 @@ def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
     tensors = {item.tensor.name: item.tensor for item in parameters}
     of_base = {name for name, tensor in tensors.items() if tensor.role in (BASE, QUANTIZED)}
     inside = {item.tensor.name for item in parameters if item.placement == SHARD}
-    whole = {name: tensor.nbytes for name, tensor in tensors.items() if name not in inside}
-    rest = whole | {name: _share(plan, tensors[name], ranks, padded=True) for name in inside}
-    base = whole | {name: _share(plan, tensors[name], ranks, padded=False) for name in inside}
+    replicated = {name: tensor.nbytes for name, tensor in tensors.items() if name not in inside}
+    rest = replicated | {name: _share(plan, tensors[name], ranks, padded=True) for name in inside}
+    base = replicated | {name: _share(plan, tensors[name], ranks, padded=False) for name in inside}
     return Footprint(
         ranks=ranks,
         units=None if plan.units is None else sum(not of_base.isdisjoint(held) for _, held in plan.units),
         rest=sum(rest.values()),
         base=sum(size for name, size in base.items() if name in of_base),
-        whole=sum(size for name, size in whole.items() if name in of_base),
+        replicated=sum(size for name, size in replicated.items() if name in of_base),
         gathered=None if plan.units is None else _gathered(plan, plan.units, tensors, ranks, prefetched),
     )
 

@@ -98,7 +98,7 @@ class Plan:
                 and item.tensor.kind == "parameter"
             ):
                 costs[item.reason] += item.tensor.nbytes
-        return [f"{size / 2**20:.1f} MiB of the base whole on each rank: {why}" for why, size in costs.most_common()]
+        return [f"{size / 2**20:.1f} MiB of the base full on each rank: {why}" for why, size in costs.most_common()]
 
     def summary(self) -> str:
         """One line: how many tensors and MiB are sharded and replicated, by role."""
@@ -207,9 +207,9 @@ def _decide(tensor: TensorInfo, users: set[str], odd: dict[str, str], fsdp_versi
     if tensor.role == ADAPTER and tensor.name in odd:
         return Placement(tensor, SHARD, odd[tensor.name])
     if tensor.role == ADAPTER:
-        return Placement(tensor, REPLICATE, "trainable: whole on every rank, its gradient averaged once per step")
+        return Placement(tensor, REPLICATE, "trainable: full on every rank, its gradient averaged once per step")
     if tensor.role == PROJECTION:
-        return Placement(tensor, REPLICATE, "frozen and owned by the adapter: whole on every rank, bit for bit")
+        return Placement(tensor, REPLICATE, "frozen and owned by the adapter: full on every rank, bit for bit")
     if tensor.kind == "buffer" and tensor.role == BASE:
         return Placement(tensor, REPLICATE, "buffer: FSDP never shards buffers")
     if tensor.name in users:

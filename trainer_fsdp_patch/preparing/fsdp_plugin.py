@@ -291,12 +291,12 @@ def _ignored(prepared: Prepared) -> list[nn.Module]:
     from torch import nn
 
     known = {id(tensor) for tensor in prepared.tensors}
-    whole = []
+    covering = []
     for module in prepared.model().modules():
         held = [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
         if held and known.issuperset(held):
-            whole.append(module)
-    covered = {id(tensor) for module in whole for tensor in (*module.parameters(), *module.buffers())}
+            covering.append(module)
+    covered = {id(tensor) for module in covering for tensor in (*module.parameters(), *module.buffers())}
     # What is left shares its modules with base weights, which FSDP1 would ignore with them.
     # It is given in a module that is nobody's child. FSDP1 reads from it which tensors to ignore, and no more. Names in
     # it are numbers, for those of the model have dots.
@@ -308,4 +308,4 @@ def _ignored(prepared: Prepared) -> list[nn.Module]:
             rest.register_parameter(f"parameter_{index}", tensor)
         else:
             rest.register_buffer(f"buffer_{index}", tensor)
-    return [*whole, rest]
+    return [*covering, rest]

@@ -50,7 +50,7 @@ def lacks_embedding_parallel(instance: object, arguments: dict[str, object]) -> 
 
 
 @contextlib.contextmanager
-def beside(layer: VeraLayer, x: torch.Tensor) -> Iterator[None]:
+def on_input_device(layer: VeraLayer, x: torch.Tensor) -> Iterator[None]:
     """Show a VeRA layer its slices of the shared projections on the input's device and in lambda's dtype.
 
     All layers share one pair, which lies where the first layer is. Under device_map or DataParallel the input of

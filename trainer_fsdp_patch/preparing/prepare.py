@@ -132,7 +132,7 @@ def data_parallel_groups(accelerator: Accelerator) -> list[ProcessGroup | None]:
     if getattr(parallelism, "tp_enabled", False):
         raise PlanError(
             "parallelism_config.tp_size",
-            f"{parallelism.tp_size} beside FSDP",
+            f"{parallelism.tp_size} next to FSDP",
             "A replicated adapter next to tensor-parallel layers is not supported",
             "Use tp_size=1, or switch the patches off",
             setting="parallelism_config",

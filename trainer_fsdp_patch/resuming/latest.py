@@ -67,8 +67,8 @@ def last_checkpoint(upstream: Callable[[str], str | None], folder: str) -> str |
     if skipped:
         warn(
             str(folder),
-            f"the last checkpoint is not whole: {', '.join(skipped)}",
+            f"the last checkpoint is not complete: {', '.join(skipped)}",
             f"The run resumes from {chosen}" if chosen else "There is none to resume from",
-            "Remove the folders that are not whole; `python -m trainer_fsdp_patch verify` says what they lack",
+            "Remove the folders that are not complete; `python -m trainer_fsdp_patch verify` says what they lack",
         )
     return None if chosen is None else os.path.join(folder, chosen)

@@ -62,12 +62,12 @@ def _whole(sharded: ShardedTensor) -> torch.Tensor:
 
     shards = sharded.local_shards()
     device = shards[0].tensor.device if shards else sharded.device
-    whole = torch.zeros(sharded.size(), dtype=sharded.dtype, device=device)
+    full = torch.zeros(sharded.size(), dtype=sharded.dtype, device=device)
     for shard in shards:
         places = zip(shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True)
-        whole[tuple(slice(start, start + size) for start, size in places)] = shard.tensor
-    dist.all_reduce(whole)
-    return whole
+        full[tuple(slice(start, start + size) for start, size in places)] = shard.tensor
+    dist.all_reduce(full)
+    return full
 
 
 def answer_by_name() -> None:

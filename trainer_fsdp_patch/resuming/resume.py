@@ -160,7 +160,8 @@ def _copy_in(
             raise _refused(key, "in the checkpoint, but not in this adapter")
         if isinstance(value, inventory.dtensor()) or value.shape != tensor.shape:
             # https://github.com/huggingface/accelerate/pull/4206
-            raise _refused(key, f"of shape {list(value.shape)} instead of {list(tensor.shape)}, or one rank's shard")
+            shapes = f"of shape {list(value.shape)} instead of {list(tensor.shape)}"
+            raise _refused(key, f"{shapes}, or the shard of one rank")
         values[id(tensor)] = (tensor, value)
     trained = {id(tensor) for tensor in live.values() if tensor.requires_grad} | sharded.keys()
     missing = {id(tensor): name for name, tensor in known.items() if id(tensor) in trained - values.keys()}
@@ -211,7 +212,7 @@ def load(upstream: Callable[[], object], trainer: Trainer, folder: str) -> objec
     result = None
     with _loading(prepared, trainer.model) as state:
         if lacks:
-            state.failure = str(_refused(str(where), f"not whole: {lacks[0]}"))
+            state.failure = str(_refused(str(where), f"not complete: {lacks[0]}"))
         elif (where / reading.FSDP_FULL).is_file() and _below_compile(trainer.model, prepared):
             load_model_state_dict(upstream, trainer.model, reading.read_tensors(where / reading.FSDP_FULL), True)
         elif verify.is_ours(where) or not reading.adapter_folders(where):

@@ -108,9 +108,9 @@ def _everything(
     everything = {}
     for name, value in model.state_dict().items():
         with collectives.collective("gathering of the model"):
-            whole = value.full_tensor() if isinstance(value, inventory.dtensor()) else value
+            full = value.full_tensor() if isinstance(value, inventory.dtensor()) else value
         if accelerator.is_main_process:
-            everything[canonical(name)] = whole.detach().cpu() if hasattr(whole, "detach") else whole
+            everything[canonical(name)] = full.detach().cpu() if hasattr(full, "detach") else full
     return everything
 
 

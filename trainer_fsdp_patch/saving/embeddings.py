@@ -40,9 +40,9 @@ def full_weights(model: nn.Module, known: set[str], *, kept: bool) -> dict[str, 
     def collect(named: Iterable[tuple[str, torch.Tensor]]) -> None:
         for name, tensor in named:
             if canonical(name).rpartition(".")[0] in modules and canonical(name) not in known:
-                whole = tensor.full_tensor() if isinstance(tensor, inventory.dtensor()) else tensor
+                full = tensor.full_tensor() if isinstance(tensor, inventory.dtensor()) else tensor
                 if kept:
-                    result[canonical(name)] = whole.detach().cpu().clone()
+                    result[canonical(name)] = full.detach().cpu().clone()
 
     with contextlib.ExitStack() as stack:
         # With units by size an embedding may be one, or be in one.

@@ -86,8 +86,8 @@ def _asked(
         "Call this on every rank, or save with Trainer.save_model()",
     )
     wrapped = prepared.wrapped()
-    whole = gathering.in_stored_dtype(prepared, gathering.full_tensors(wrapped, prepared))
-    own |= gathering.under_all_names(prepared, whole)
+    full = gathering.in_stored_dtype(prepared, gathering.full_tensors(wrapped, prepared))
+    own |= gathering.under_all_names(prepared, full)
     return call(own | embeddings.full_weights(wrapped, set(own), kept=True))
 
 
@@ -140,7 +140,7 @@ def _look_at(
     if parts:
         said = (
             parts[0],
-            f"the given state dict has one rank's part of it, and of {len(parts) - 1} more sharded tensors",
+            f"the given state dict has the part of one rank of it, and of {len(parts) - 1} more sharded tensors",
             "An adapter with it cannot be loaded",
             "Give accelerator.get_state_dict(model), or save with Trainer.save_model()",
         )

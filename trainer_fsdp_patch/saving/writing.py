@@ -46,17 +46,17 @@ def write_tensors(
         return
     # A link into another folder stays one.
     target = Path(os.path.realpath(filename))
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        upstream(values, str(beside), metadata=metadata)
-        equal(beside, values)
-        _settle(beside, target)
+        upstream(values, str(partial), metadata=metadata)
+        equal(partial, values)
+        _settle(partial, target)
     except AdapterError:
         raise
     except Exception as error:
         raise _lost(target, error) from error
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _refuse_empty(filename: str | os.PathLike[str]) -> None:
@@ -85,20 +85,20 @@ def write_folder(upstream: Callable[..., Result], save_directory: str | os.PathL
     if not any_prepared() or not os.path.isdir(save_directory):
         return upstream(save_directory, **kwargs)
     try:
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=save_directory) as beside:
-            result = upstream(beside, **kwargs)
-            for item in sorted(Path(beside).iterdir()):
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=save_directory) as partial:
+            result = upstream(partial, **kwargs)
+            for item in sorted(Path(partial).iterdir()):
                 _settle(item, Path(os.path.realpath(Path(save_directory) / item.name)))
     except OSError as error:
         raise _lost(Path(save_directory), error) from error
     return result
 
 
-def _settle(beside: Path, target: Path) -> None:
+def _settle(partial: Path, target: Path) -> None:
     """Have the bytes on the disk before the name says so."""
-    with beside.open("rb") as file:
+    with partial.open("rb") as file:
         os.fsync(file.fileno())
-    os.replace(beside, target)
+    os.replace(partial, target)
 
 
 def equal(path: Path, values: dict[str, torch.Tensor]) -> None:

@@ -60,7 +60,7 @@ def run() -> int:
     import_targets()
     # Each rank gets a sample at least, and one process the same global batch.
     trial.BATCH = trial.BATCH if trial.BATCH % ranks() == 0 else ranks()
-    table = Table(title=f"VeRA on {ranks()} ranks beside one process", title_justify="left")
+    table = Table(title=f"VeRA on {ranks()} ranks next to one process", title_justify="left")
     for column in ("set-up", "stock", "patched", "relative error", "units", "bytes gathered at once"):
         table.add_column(column, overflow="fold")
     wrong = 0

@@ -47,18 +47,18 @@ def _full_tensors(layer: nn.Module, prepared: Prepared) -> Iterator[None]:
         for key, parameter in module._parameters.items():
             if isinstance(parameter, inventory.dtensor()):
                 with collectives.collective("gathering of a layer"):
-                    whole = parameter.full_tensor().detach()
-                held.append((module, key, parameter, torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)))
+                    full = parameter.full_tensor().detach()
+                held.append((module, key, parameter, torch.nn.Parameter(full, requires_grad=parameter.requires_grad)))
     # Put in place once all are gathered: a collective that fails leaves the layer as it was.
-    for module, key, _, whole in held:
-        module._parameters[key] = whole
+    for module, key, _, full in held:
+        module._parameters[key] = full
     try:
         yield
     finally:
-        for module, key, parameter, whole in held:
+        for module, key, parameter, full in held:
             module._parameters[key] = parameter
             with torch.no_grad():
-                parameter.to_local().copy_(gathering.part(parameter, whole.data))
+                parameter.to_local().copy_(gathering.part(parameter, full.data))
 
 
 @contextlib.contextmanager
