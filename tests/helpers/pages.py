@@ -46,11 +46,12 @@ RUN_BY = {
     "tests/programs/cases.py": "tests/test_cases.py",
     "tests/programs/checkpoints.py": "tests/test_checkpoints.py",
     "tests/programs/stacks.py": "tests/test_stacks.py",
+    "tests/programs/timeline.py": "tests/test_timeline.py",
     "tests/programs/upstream.py": "tests/test_upstream.py",
     "tests/programs/wheels.py": "tests/test_seams.py",
 }
 """What runs a command that is too long for the test of the pages, or the parts of it."""
-BY_HAND = (".ci/run", "benchmarks/one_process.py", "benchmarks/save.py", "tests/matrix/picture.py")
+BY_HAND = (".ci/run", "benchmarks/import_cost.py", "benchmarks/one_process.py", "benchmarks/save.py", "tests/matrix/picture.py")
 """Commands that no test runs; only their arguments are held."""
 
 
