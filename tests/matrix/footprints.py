@@ -58,7 +58,7 @@ def count(bench: Bench, method: str, fsdp: int, sides: tuple[str, ...] = SIDES) 
 
 PAGE = """# What FSDP takes of a rank
 
-Every method is trained for two steps, stock beside patched, on models of four layers and two ranks. *Units* are FSDP
+Every method is trained for two steps, stock next to patched, on models of four layers and two ranks. *Units* are FSDP
 units that hold something of the base. *Gathered* is the largest number of bytes that units had gathered at once in a
 step, padding included. A run that ends before its first step has none. `python tests/matrix/footprints.py` counts
 afresh, and with `--markdown > docs/footprints.md` it writes this page from `tests/data/footprints.json`.

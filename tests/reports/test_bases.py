@@ -104,7 +104,7 @@ CASES = [
         {"FSDP1 bf16 4-bit": "uniform dtype"},
     ),
     Case(
-        "a teacher beside it",
+        "a teacher next to it",
         "https://github.com/huggingface/trl/pull/6573",
         "A frozen teacher is sharded by TRL's `prepare_fsdp`, and the loss compares logits.",
         teacher,

@@ -272,7 +272,7 @@ CASES = [
     Case(
         "TRL: DPOTrainer with a reference model",
         "https://github.com/huggingface/trl/pull/5583",
-        "A full reference model beside the PeftModel, sharded by TRL's `prepare_fsdp`.",
+        "A full reference model next to the PeftModel, sharded by TRL's `prepare_fsdp`.",
         dpo_with_a_full_reference,
         stock={"FSDP1": cases.EMPTY},
         missing=TRL,
@@ -281,7 +281,7 @@ CASES = [
     Case(
         "TRL: RewardTrainer",
         "https://github.com/huggingface/accelerate/issues/3732",
-        "`RewardTrainer` on a classifier whose head peft trains whole.",
+        "`RewardTrainer` on a classifier whose head peft trains in full.",
         reward,
         stock={"FSDP1": cases.HUNG},
         missing=TRL,
@@ -313,7 +313,7 @@ CASES = [
     Case(
         "sentence-transformers: CrossEncoder",
         "https://github.com/huggingface/sentence-transformers/pull/3862",
-        "CrossEncoderTrainer, LoRA and a head that peft trains whole.",
+        "CrossEncoderTrainer, LoRA and a head that peft trains in full.",
         cross_encoder,
         stock={"FSDP1": "expected to be in states", "FSDP2": "/loss/"},
         missing=SENTENCES,

@@ -263,7 +263,7 @@ CASES = [
         stock={"FSDP1": cases.HUNG, "FSDP2": "invalid python storage"},
     ),
     Case(
-        "embeddings beside an adapter, by hand",
+        "embeddings next to an adapter, by hand",
         "https://github.com/huggingface/peft/pull/1147",
         "`model.save_pretrained(save_embedding_layers=True)` without a state dict.",
         with_embeddings,
@@ -287,7 +287,7 @@ CASES = [
         always=False,
     ),
     Case(
-        "the whole state dict",
+        "the full state dict",
         "https://github.com/huggingface/accelerate/issues/2603",
         "The full state dict of the wrapped model is gathered, base and adapter.",
         whole_state_dict,
