@@ -51,7 +51,13 @@ RUN_BY = {
     "tests/programs/wheels.py": "tests/test_seams.py",
 }
 """What runs a command that is too long for the test of the pages, or the parts of it."""
-BY_HAND = (".ci/run", "benchmarks/import_cost.py", "benchmarks/one_process.py", "benchmarks/save.py", "tests/matrix/picture.py")
+BY_HAND = (
+    ".ci/run",
+    "benchmarks/import_cost.py",
+    "benchmarks/one_process.py",
+    "benchmarks/save.py",
+    "tests/matrix/picture.py",
+)
 """Commands that no test runs; only their arguments are held."""
 
 

@@ -192,7 +192,7 @@ def units(model: nn.Module) -> list[Unit]:
     """FSDP's units of a wrapped model that have parameters, those of several modules once.
 
     Args:
-        model: wrapped; a bare one has none.
+        model: wrapped; an unwrapped one has none.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 

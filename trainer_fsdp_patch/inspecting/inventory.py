@@ -89,7 +89,7 @@ def is_saved_alone(model: nn.Module) -> bool:
     adapter is written tensor by tensor, as is a mixed model.
 
     Args:
-        model: a bare one.
+        model: unwrapped.
     """
     from peft import PeftModel
 

@@ -67,7 +67,7 @@ class Prepared:
         self.cast = dtype
 
     def wrapped(self) -> Any:
-        """The model as its accelerator holds it, in FSDP1's root; the bare one where it holds none."""
+        """The model as its accelerator holds it, in FSDP1's root; the unwrapped one where it holds none."""
         owner, model = self.accelerator(), self.model()
         return next((item for item in getattr(owner, "_models", ()) if unwrap(item) is model), model)
 
@@ -159,7 +159,7 @@ def keep(model: nn.Module, prepared: Prepared) -> None:
     """Remember the record for as long as the model lives.
 
     Args:
-        model: bare.
+        model: unwrapped.
         prepared: its record.
     """
     _PREPARED[model] = prepared

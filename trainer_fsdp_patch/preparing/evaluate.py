@@ -43,7 +43,7 @@ def wrap_first(trainer: Trainer) -> None:
 def evaluating(trainer: Trainer) -> Iterator[None]:
     """Around an evaluation before `train()`, in releases that would take FSDP1's wrapper off and put on another.
 
-    Between the two the Trainer has the bare model, by which `train()` sees that it is wrapped already.
+    Between the two the Trainer has the unwrapped model, by which `train()` sees that it is wrapped already.
 
     Args:
         trainer: about to evaluate.

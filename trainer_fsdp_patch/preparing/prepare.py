@@ -114,7 +114,7 @@ def refuse_wrapped(model: nn.Module) -> None:
             type(model).__name__,
             f"already wrapped by FSDP{version} when the Trainer prepares it",
             "Its adapter is inside the units and cannot be taken out",
-            "Give the Trainer the bare model and call trainer_fsdp_patch.patch() before training starts",
+            "Give the Trainer the unwrapped model and call trainer_fsdp_patch.patch() before training starts",
             setting="model",
         )
 

@@ -86,11 +86,11 @@ def names(model: nn.Module, live: dict[str, torch.Tensor], *, as_peft: bool) -> 
     """
     if not as_peft:
         return live
-    bare = unwrap(model)
+    unwrapped = unwrap(model)
     # peft may hand out detached tensors, which share the memory of the live one: their address tells which it is.
     here = {_storage_key(tensor): tensor for tensor in live.values()}
-    active = getattr(bare, "active_adapter", None)
-    written = adapter_state.keys(bare, live).get(str(active[0] if isinstance(active, list) else active), {})
+    active = getattr(unwrapped, "active_adapter", None)
+    written = adapter_state.keys(unwrapped, live).get(str(active[0] if isinstance(active, list) else active), {})
     by_key = {key: here[_storage_key(tensor)] for key, tensor in written.items() if _storage_key(tensor) in here}
     covered = {id(tensor) for tensor in by_key.values()}
     return by_key | {name: tensor for name, tensor in live.items() if id(tensor) not in covered}
@@ -231,18 +231,18 @@ def _below_compile(model: nn.Module, prepared: Prepared) -> bool:
 
 def _of_files(model: nn.Module, prepared: Prepared, folder: Path) -> dict[str, torch.Tensor]:
     """Tensors of adapter files by canonical names of the model."""
-    bare = unwrap(model)
+    unwrapped = unwrap(model)
     empty = gathering.under_all_names(prepared, gathering.empty_like_sharded(prepared))
     live = adapter_state.persistent(model, prepared.of_adapter()) | empty
     places = {_storage_key(tensor): name for name, tensor in live.items()}
     tensors: dict[str, torch.Tensor] = {}
-    for adapter in getattr(bare, "peft_config", {}):
+    for adapter in getattr(unwrapped, "peft_config", {}):
         file = reading.adapter_file(folder if adapter == "default" else folder / adapter)
         if file is None:
             continue
         # transformers keeps the names of its own model, to which a file has peft's prefix.
         own = {f"base_model.model.{file_key(name, adapter)}": name for name in live if adapter in name.split(".")}
-        written = adapter_state.keys(bare, live).get(adapter, {})
+        written = adapter_state.keys(unwrapped, live).get(adapter, {})
         named = own | {key: places[_storage_key(item)] for key, item in written.items() if _storage_key(item) in places}
         tensors |= {named.get(key, key): tensor for key, tensor in reading.read_tensors(file).items()}
     return tensors

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 _SAVED: ContextVar[Prepared | None] = ContextVar("_SAVED", default=None)
-"""The model whose bare adapter a Trainer is saving."""
+"""The model that a Trainer saves without its base."""
 
 _EXPECTED: weakref.WeakKeyDictionary[Prepared, dict[str, set[str]]] = weakref.WeakKeyDictionary()
 """Keys of each adapter's file."""
@@ -35,7 +35,7 @@ def gathered(model: nn.Module, given: dict[str, torch.Tensor] | None) -> Iterato
     """Let a planned model answer `state_dict()` with what the ranks have gathered already.
 
     Args:
-        model: a bare one.
+        model: unwrapped.
         given: what its save was given, or None.
     """
     if given is None or prepared_for(model) is None:
@@ -47,7 +47,7 @@ def gathered(model: nn.Module, given: dict[str, torch.Tensor] | None) -> Iterato
 
 @contextlib.contextmanager
 def saving(trainer: Trainer) -> Iterator[None]:
-    """Around a Trainer's save of a bare adapter: what is gathered inside is the adapter, and the base is not.
+    """Around a Trainer's save of the adapter alone: what is gathered inside is the adapter, and the base is not.
 
     The answer stays full where somebody may want more of it. A model with an adapter as a part of it is written tensor
     by tensor. A user may have a `_save` of their own.
@@ -77,7 +77,7 @@ def state_dict(
 
     Returns:
         Tensors on the CPU by canonical name. They are all of the model's, on rank 0, as upstream promises. Inside our
-        own save of a bare adapter they are what its file may take, on all ranks.
+        own save of the adapter alone they are what its file may take, on all ranks.
 
     Raises:
         AdapterError: on all ranks, where ranks differ. Inside our own save also where a value is not finite or a tensor
@@ -142,7 +142,7 @@ def added(model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor]:
     They may require gradients, for `set_adapter` asks for these. None was trained: a step that holds one is refused.
 
     Args:
-        model: bare.
+        model: unwrapped.
         prepared: its record.
     """
     names = set(getattr(model, "peft_config", {})) - expected(prepared).keys()
@@ -242,7 +242,7 @@ def keys(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, dict[s
     """What peft would write of a state dict, by adapter; {} for models that keep adapters in another way.
 
     Args:
-        model: bare.
+        model: unwrapped.
         tensors: state dict of the model, or the part that adapters may take, by canonical name.
     """
     from peft.utils.save_and_load import get_peft_model_state_dict
@@ -273,7 +273,7 @@ def expect(model: nn.Module, prepared: Prepared) -> None:
     """Note before wrapping which keys a save has to have, and warn of what trains without being saved.
 
     Args:
-        model: bare, before FSDP wraps it.
+        model: unwrapped, before FSDP wraps it.
         prepared: its record.
     """
     tensors = live(model, prepared)
@@ -296,7 +296,7 @@ def prove(model: nn.Module, tensors: dict[str, torch.Tensor], prepared: Prepared
     """Check that peft would write from a state dict what it would have written before wrapping.
 
     Args:
-        model: bare.
+        model: unwrapped.
         tensors: what is about to be saved, by canonical name.
         prepared: record of the model.
 

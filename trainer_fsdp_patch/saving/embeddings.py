@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Modules of the input and output embeddings by canonical name, as they stand in a model, wrapped or not."""
-    bare = unwrap(model)
+    unwrapped = unwrap(model)
     getters = ("get_input_embeddings", "get_output_embeddings")
-    layers = [getattr(bare, getter)() for getter in getters if hasattr(bare, getter)]
+    layers = [getattr(unwrapped, getter)() for getter in getters if hasattr(unwrapped, getter)]
     wanted = {id(module) for layer in layers if layer is not None for module in layer.modules()}
     return {canonical(name): module for name, module in model.named_modules() if id(module) in wanted}
 

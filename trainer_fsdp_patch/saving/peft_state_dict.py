@@ -72,10 +72,10 @@ def _asked(
     call: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], model: nn.Module, prepared: Prepared
 ) -> dict[str, torch.Tensor]:
     """The answer without a state dict: first with empty tensors for what is sharded, to see whether any is asked."""
-    bare = unwrap(model)
-    own = adapter_state.persistent(bare, prepared.of_adapter()) | adapter_state.added(bare, prepared)
+    unwrapped = unwrap(model)
+    own = adapter_state.persistent(unwrapped, prepared.of_adapter()) | adapter_state.added(unwrapped, prepared)
     own = {name: tensor.detach() for name, tensor in own.items()}
-    result = call(own | _empty(bare, prepared, set(own)))
+    result = call(own | _empty(unwrapped, prepared, set(own)))
     asked = sorted(key for key, value in result.items() if isinstance(value, absent()))
     if not asked:
         return result

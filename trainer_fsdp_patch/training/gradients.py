@@ -152,7 +152,7 @@ def synchronises(accelerator: Callable[[], Accelerator | None], model: Callable[
 
     Args:
         accelerator: returns the run's, or None where it is gone.
-        model: returns the planned one, bare.
+        model: returns the planned one, unwrapped.
     """
     owner, planned = accelerator(), model()
     if owner is None or planned is None:
