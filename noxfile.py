@@ -79,7 +79,7 @@ def stack(session: nox.Session, stack: tuple[str, str, str]) -> None:
 @nox.session
 def table(session: nox.Session) -> None:
     """Print what the stacks gave."""
-    session.install("rich")
+    session.install("-e", ".")
     results = [RESULTS / f"{name}.json" for name in (*NAMES, *(f"torch-{torch}" for torch, _ in OTHER_TORCHES))]
     found = [str(result) for result in results if result.exists()]
     session.run("python", "tests/programs/stacks.py", *session.posargs, "--table", *found)
