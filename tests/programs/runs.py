@@ -42,7 +42,7 @@ sys.path.insert(0, {root!r})
 import trainer_fsdp_patch
 
 sys.path.remove({root!r})
-trainer_fsdp_patch.patch()
+list(trainer_fsdp_patch.patch())  # Read: else patch() would wait, and hide that it cannot be applied.
 with open({log!r}, "a") as _file:
     _file.write(str(os.getpid()) + "\\n")
 """
