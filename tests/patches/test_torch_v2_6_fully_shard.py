@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 from cells import Bench, Setup
-from faults import canary, fault_without, fsdp2
+from faults import canary, fault_without, fsdp2, where
+
+newer = where("transformers>=5.10.dev0", "accelerate>=1.14.dev0", "torch>=2.13.dev0")
+"""Before, accelerate asks for no units that share weights."""
 
 
 def test_canary() -> None:
@@ -15,8 +18,8 @@ def test_canary() -> None:
 @pytest.mark.parametrize(
     ("method", "setup", "expected"),
     [
-        ("bert lora", Setup("f2"), "Invariant encountered"),
-        ("t5 lora", Setup("f2"), "is shared with a parameter already managed by another FSDP group"),
+        pytest.param("bert lora", Setup("f2"), "Invariant encountered", marks=newer),
+        pytest.param("t5 lora", Setup("f2"), "already managed by another FSDP group", marks=newer),
         ("lora", Setup("f2-size", wrap="size"), "does not support containers that do not implement forward"),
     ],
 )
