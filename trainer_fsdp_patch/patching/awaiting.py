@@ -82,8 +82,6 @@ class Statuses(Sequence["Status"]):
     def __eq__(self, other: object) -> bool:
         return self._states() == (list(other) if isinstance(other, (Statuses, list)) else other)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return repr(self._states())
 

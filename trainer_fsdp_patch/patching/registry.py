@@ -281,8 +281,7 @@ def _reclaimed(item: Patch, seam: wrapping.Seam) -> bool:
         remedy = "Leave their function out, or do not call patch()"
         warn(place, f"{owner} has replaced it", why, remedy)
         return False
-    text = message(place, f"{owner} has replaced it", "It is wrapped again, theirs inside", "Call patch() after theirs")
-    warn_text(text)
+    warn(place, f"{owner} has replaced it", "It is wrapped again, theirs inside", "Call patch() after theirs")
     return True
 
 
@@ -323,13 +322,12 @@ def _apply(item: Patch, module: ModuleType) -> None:
 
 @functools.cache
 def _warn_untested(package: str, version: str) -> None:
-    text = message(
+    warn(
         package,
         NEWER.format(version, versions.NEWEST_TESTED[package]),
         "The seams have the signatures that the patches know, so the patches are applied",
         "Run `python -m trainer_fsdp_patch check` to see that they hold",
     )
-    warn_text(text)
 
 
 def unpatch() -> None:

@@ -36,7 +36,7 @@ def hide_ignored(model: nn.Module) -> Iterator[None]:
     for slot in hidden:
         slot.holder[slot.key] = None
     try:
-        with skip_impossible_units(model), shadowed(model, **_ties(taken, prepared.known)):
+        with skip_impossible_units(model), shadowed(model, tie_weights=_tie_again(taken)):
             yield
     finally:
         for slot in hidden:
@@ -120,7 +120,8 @@ def fully_shard(
     sharding = _SHARDING.get()
     assert sharding is not None
     # until torch 2.7
-    if "ignored_params" not in inspect.signature(upstream).parameters and kwargs.pop("ignored_params", None):
+    known = "ignored_params" not in kwargs or "ignored_params" in inspect.signature(upstream).parameters
+    if not known and kwargs.pop("ignored_params"):
         _refuse_ignored()
     if module is sharding.model:
         return upstream(module, **kwargs)
@@ -165,20 +166,19 @@ def _nested(one: nn.Module, others: list[nn.Module]) -> bool:
     return any(id(other) in below or any(part is one for part in other.modules()) for other in others)
 
 
-def _ties(taken: inventory.Inventory, hidden: set[int]) -> dict[str, Callable[[], None]]:
+def _tie_again(taken: inventory.Inventory) -> Callable[[], None]:
     """A `tie_weights` that ties what was tied, wherever PEFT's wrappers have put it since.
 
     transformers finds tied weights by the names that the base had before.
     """
-    visible = [group for group in taken.shared() if group[0].kind == "parameter" and id(group[0].tensor) not in hidden]
-    groups = [group for group in visible if len(group) > 1]
+    groups = [slots for slots in taken.shared() if len(slots) > 1 and slots[0].kind == "parameter"]
 
     def tie_weights() -> None:
         for first, *others in groups:
             for other in others:
                 other.holder[other.key] = first.holder[first.key]
 
-    return {"tie_weights": tie_weights}
+    return tie_weights
 
 
 def autocast_prepared(accelerator: Accelerator, results: object) -> None:

@@ -52,10 +52,10 @@ def initialized_optimizer(trainer: Trainer, folder: str | None) -> Iterator[None
         made.clear()
     # until accelerate 1.7
     for state in optimizer.state.values():
-        state.update({key: _whole(value) for key, value in state.items() if hasattr(value, "local_shards")})
+        state.update({key: _full_tensor(value) for key, value in state.items() if hasattr(value, "local_shards")})
 
 
-def _whole(sharded: ShardedTensor) -> torch.Tensor:
+def _full_tensor(sharded: ShardedTensor) -> torch.Tensor:
     """One tensor of what FSDP1 releases before accelerate 1.7 read in parts, each rank its own, also for replicas."""
     import torch
     import torch.distributed as dist

@@ -38,7 +38,7 @@ def summoned(
         A context manager; upstream's own where the module has nothing to do with a planned model.
     """
     context = upstream(module, *args, **kwargs)
-    return _kept_whole(context, module) if _planned_units(module) else context
+    return _kept_full(context, module) if _planned_units(module) else context
 
 
 def _planned_units(module: nn.Module) -> list[FullyShardedDataParallel]:
@@ -50,7 +50,7 @@ def _planned_units(module: nn.Module) -> list[FullyShardedDataParallel]:
 
 
 @contextlib.contextmanager
-def _kept_whole(context: contextlib.AbstractContextManager[None], module: nn.Module) -> Iterator[None]:
+def _kept_full(context: contextlib.AbstractContextManager[None], module: nn.Module) -> Iterator[None]:
     with context:
         units = [unit for unit in _planned_units(module) if _is_summoned(unit)]
         states = {id(unit): _handle(unit)._training_state for unit in units}
@@ -65,7 +65,7 @@ def _kept_whole(context: contextlib.AbstractContextManager[None], module: nn.Mod
                         ours["generate"] = cast("Callable[..., object]", unit._fsdp_wrapped_module.generate)
                     # On the instances: units of other models have the same classes.
                     stack.enter_context(shadowed(unit, **ours))
-                    stack.enter_context(shadowed(unit._handle, reshard=_stay_whole))
+                    stack.enter_context(shadowed(unit._handle, reshard=_stay_full))
                 yield
         finally:
             for unit in units:
@@ -87,7 +87,7 @@ def _handle(unit: FullyShardedDataParallel) -> FlatParamHandle:
     return handle
 
 
-def _stay_whole(free_unsharded_flat_param: bool) -> None:
+def _stay_full(free_unsharded_flat_param: bool) -> None:
     """In place of a unit's `reshard`."""
 
 
