@@ -151,8 +151,6 @@ def main() -> None:
         }
         (Path(given.out) / "report.json").write_text(json.dumps(report) + "\n")
         print({key: value for key, value in report.items() if not isinstance(value, list)})
-    # A rank that ends with its process group alive may be aborted by a thread of gloo, and the launcher reports it.
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
