@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of an element of each floating dtype that FSDP takes, by name."""
+
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor in one dimension: uint8, aligned so that they can be viewed in larger words."""

@@ -1,1 +1,1 @@
-"""Where each tensor goes, the units of FSDP, and the record of a planned model."""
+"""Where each tensor goes, and the record of a planned model."""

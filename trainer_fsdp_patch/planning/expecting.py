@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from trainer_fsdp_patch.bits import SIZES
 from trainer_fsdp_patch.inspecting.footprint import Footprint
 from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, TensorInfo
+from trainer_fsdp_patch.inspecting.units import parts
 from trainer_fsdp_patch.names import canonical
 
 if TYPE_CHECKING:
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
 
     from trainer_fsdp_patch.planning.plan import Plan
 
-SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _ALIGNED = 16
 """FSDP1 puts each original parameter of a flat one at a multiple of so many bytes."""
 
@@ -62,8 +63,6 @@ def _nearest(name: str, homes: dict[str, str]) -> str:
 def _carved(model: nn.Module, names: set[str]) -> Iterator[list[str]]:
     """Modules that accelerate makes FSDP2 units next to the policy's: the embeddings, and the last norm and head."""
     from accelerate.utils import fsdp_utils
-
-    from trainer_fsdp_patch.planning.units import parts
 
     find_norm = getattr(fsdp_utils, "_find_final_norm", None)
     if find_norm is None:

@@ -20,7 +20,7 @@ from trainer_fsdp_patch.inspecting.inventory import (
 )
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning import budget, expecting
-from trainer_fsdp_patch.planning.ignored_modules import names_of
+from trainer_fsdp_patch.inspecting.ignored_modules import names_of
 
 if TYPE_CHECKING:
     from torch import nn
