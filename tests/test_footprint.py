@@ -14,9 +14,8 @@ from cells import METHODS, Bench, Setup
 from faults import FLAVOURS, fsdp2, packed, where
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.inspecting import footprint
+from trainer_fsdp_patch.inspecting import footprint, units
 from trainer_fsdp_patch.inspecting.footprint import Footprint
-from trainer_fsdp_patch.inspecting import units
 from trainer_fsdp_patch.testing import case, forks, releases, trial
 
 RECORD = {(row["method"], row["fsdp"]): row for row in json.loads(footprints.DATA.read_text())}

@@ -10,8 +10,7 @@ from cells import METHODS, Bench, Setup
 from faults import FLAVOURS, fsdp2, skip_without_reference
 from test_plan import llama
 
-from trainer_fsdp_patch.inspecting import inventory
-from trainer_fsdp_patch.inspecting import units
+from trainer_fsdp_patch.inspecting import inventory, units
 from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.testing import case, forks, trial
 

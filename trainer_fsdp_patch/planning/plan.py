@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch.errors import PlanError
+from trainer_fsdp_patch.inspecting.ignored_modules import names_of
 from trainer_fsdp_patch.inspecting.inventory import (
     ADAPTER,
     BASE,
@@ -20,7 +21,6 @@ from trainer_fsdp_patch.inspecting.inventory import (
 )
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning import budget, expecting
-from trainer_fsdp_patch.inspecting.ignored_modules import names_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,8 +11,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from trainer_fsdp_patch.errors import PlanError
-from trainer_fsdp_patch.inspecting import inventory
-from trainer_fsdp_patch.inspecting import units
+from trainer_fsdp_patch.inspecting import inventory, units
 from trainer_fsdp_patch.planning.prepared import prepared_for
 from trainer_fsdp_patch.shadowing import shadowed
 

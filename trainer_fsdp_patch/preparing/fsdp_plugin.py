@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.errors import PlanError, warn
-from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.inspecting import inventory, units
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.inspecting import units
 from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared
 
