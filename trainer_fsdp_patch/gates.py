@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.packing.packed import none_packed
+from trainer_fsdp_patch.packing.units import has_packed
 from trainer_fsdp_patch.patching.wrapping import Gate, Kwargs
 from trainer_fsdp_patch.planning.prepared import any_prepared, none_prepared, prepared_by, prepared_for, prepared_with
 from trainer_fsdp_patch.preparing import fsdp2
@@ -63,6 +65,18 @@ def around(name: str = "module") -> Gate:
         return prepared_with(module) is not None or any(prepared_for(item) is not None for item in module.modules())
 
     return Planned(gate)
+
+
+class OfPacked(Planned):
+    """A gate that is shut while this process has no packed layer."""
+
+    shut = staticmethod(none_packed)
+
+
+@OfPacked
+def packed_unit(instance: object, arguments: Kwargs) -> bool:
+    """The method is of a unit of FSDP, of either version, that holds a packed layer of a planned model."""
+    return has_packed(instance)
 
 
 @Planned

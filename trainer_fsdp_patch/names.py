@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?:\.|$)")
 
 
+PACKED = "packed_bytes"
+"""Name of the frozen parameter that has the bytes of a quantized layer."""
+
+
 def canonical(name: str) -> str:
     """Name of a tensor or module without the segments that FSDP1, checkpointing and compile put in."""
     return _WRAPPERS.sub("", name).rstrip(".")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, TensorInfo
-from trainer_fsdp_patch.names import canonical
+from trainer_fsdp_patch.names import PACKED, canonical
 from trainer_fsdp_patch.shadowing import shadowed
 
 if TYPE_CHECKING:
@@ -272,6 +272,8 @@ class Watch:
     def __post_init__(self) -> None:
         of_base = [item for item in self.tensors if item.role in (BASE, QUANTIZED) and item.kind == "parameter"]
         self.base = {name for item in of_base for name in item.names}
+        # The bytes of a quantized layer may have moved into one parameter of it, whatever they were in before.
+        self.base |= {f"{item.module}.{PACKED}" for item in self.tensors if item.role in (BASE, QUANTIZED)}
         self.units = units(self.model)
 
     def sample(self) -> int:

@@ -244,13 +244,18 @@ def is_quantized(tensor: torch.Tensor) -> bool:
 
 
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors that a tensor subclass keeps in place of plain numbers; FSDP's own class is none of these."""
+    """Tensors that a tensor subclass keeps in place of plain numbers."""
+    data = tensor.data
+    return [getattr(data, name) for name in inner_names(data)]
+
+
+def inner_names(tensor: torch.Tensor) -> tuple[str, ...]:
+    """Attributes of the tensors that a tensor subclass is made of; FSDP's own class is none of these."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-    data = tensor.data
-    if isinstance(data, dtensor()) or not is_traceable_wrapper_subclass(data):
-        return []
-    return [getattr(data, name) for name in data.__tensor_flatten__()[0]]
+    if isinstance(tensor, dtensor()) or not is_traceable_wrapper_subclass(tensor):
+        return ()
+    return tuple(tensor.__tensor_flatten__()[0])
 
 
 def nbytes_of(tensor: torch.Tensor) -> int:

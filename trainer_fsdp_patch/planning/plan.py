@@ -20,7 +20,7 @@ from trainer_fsdp_patch.inspecting.inventory import (
     take,
 )
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.planning import budget, expecting
+from trainer_fsdp_patch.planning import budget, expecting, packs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,6 +79,11 @@ class Plan:
     def sharded(self) -> tuple[Placement, ...]:
         """What is trained and sharded."""
         return tuple(item for item in self.placements if item.tensor.role == ADAPTER and item.placement == SHARD)
+
+    @property
+    def packed(self) -> dict[str, tuple[int, str]]:
+        """Bytes and dtype of each quantized layer whose tensors move into one parameter, by the layer's name."""
+        return packs.layers_of(item.tensor for item in self.placements if item.placement == SHARD)
 
     def nbytes(self, placement: str, role: str | None = None) -> int:
         """Bytes of all tensors with a placement and, where given, a role; each rank holds all replicated ones."""
@@ -155,20 +160,27 @@ def make_plan(
     tensors = inventory.tensors()
     users = names_of(model, ignored_modules, inventory)
     roots = _roots(model, units)
-    odd = odd_dtypes(tensors, roots) if fsdp_version == 1 else {}
+
+    def odd_in(tensors: list[TensorInfo]) -> dict[str, str]:
+        return odd_dtypes(tensors, roots) if fsdp_version == 1 else {}
+
+    barred = users | set(shared_by_units(tensors, roots))
+    within = packs.Asked(fsdp_version, param_dtype or amp, ranks, barred, lambda name: _unit(name, roots))
+    tensors = packs.with_packed(tensors, inventory, within, odd_in)
+    odd = odd_in(tensors)
     odd |= shared_by_units(tensors, roots)
     asked = budget.Settings(
         adapter_placement or budget.settings.adapter_placement,
         budget.settings.adapter_budget if adapter_budget is None else adapter_budget,
     )
     budget.check_settings(asked.adapter_placement, asked.adapter_budget)
-    barred = budget.cannot_shard(tensors, fsdp_version, _homes(model, roots), _copies(model, inventory))
-    barred |= dict.fromkeys(users, "it is ignored")
+    unable = budget.cannot_shard(tensors, fsdp_version, _homes(model, roots), _copies(model, inventory))
+    unable |= dict.fromkeys(users, "it is ignored")
     if fsdp_version == 1 and use_orig_params is False:
         unsharded = unsharded or "use_orig_params=False hides its name"
     if unsharded:
-        barred |= dict.fromkeys((tensor.name for tensor in tensors), unsharded)
-    large, said = budget.choose_sharded(tensors, barred, asked, ranks)
+        unable |= dict.fromkeys((tensor.name for tensor in tensors), unsharded)
+    large, said = budget.choose_sharded(tensors, unable, asked, ranks)
     # One table for both: `odd` has frozen tensors, which it keeps replicated, and `large` trainable ones to shard.
     # No name is in both, and `_decide` asks for the role of a tensor before it reads the entry.
     placements = tuple(_decide(tensor, users, odd | large, fsdp_version) for tensor in tensors)
@@ -218,6 +230,8 @@ def _decide(tensor: TensorInfo, users: set[str], odd: dict[str, str], fsdp_versi
         return Placement(tensor, REPLICATE, f"stored as {tensor.dtype} in a quantized layer, which FSDP cannot shard")
     if tensor.name in odd:
         return Placement(tensor, REPLICATE, odd[tensor.name])
+    if packs.is_packed(tensor):
+        return Placement(tensor, SHARD, f"{packs.REASON}, sharded by FSDP{fsdp_version}")
     return Placement(tensor, SHARD, f"frozen base weight: sharded by FSDP{fsdp_version}")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, PlanError
 from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.packing import choosing
 from trainer_fsdp_patch.planning import budget
 from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_for
@@ -93,6 +94,7 @@ def _settle(accelerator: Accelerator, prepared: Prepared, taken: inventory.Inven
     base_weights.synchronize(prepared, accelerator, taken)
     adapter_state.expect(model, prepared)
     materialize(prepared, accelerator.device, taken)
+    choosing.pack_layers(model, plan.packed)
     steps.watch(prepared, accelerator)
     keep(model, prepared)
     if accelerator.is_main_process:

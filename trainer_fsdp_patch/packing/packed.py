@@ -1,0 +1,309 @@
+"""A quantized layer whose bytes are one frozen parameter: shown while FSDP has its unit gathered, else stood in for."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trainer_fsdp_patch.errors import AdapterError
+from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.inspecting.leaves import Leaf, Place, leaves, span
+from trainer_fsdp_patch.names import PACKED
+from trainer_fsdp_patch.packing.layout import Range, View, layout
+from trainer_fsdp_patch.packing.stand_in import stand_in, tell
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def _references(values: list[Any], index: int) -> int:
+    """References to an entry of a list, with those of this call."""
+    return sys.getrefcount(values[index])
+
+
+_ALONE = _references([object()], 0)
+"""Of an entry that nobody else refers to; it depends on the release of Python."""
+
+
+class Held(NamedTuple):
+    """A tensor that the quantizer knows, and what stands for it.
+
+    Attributes:
+        view: its place in the layer's bytes.
+        tensor: the quantizer's own object where that is more than a tensor, such as a parameter; else None.
+        stand_in: what is in its places between the unit's forwards.
+    """
+
+    view: View
+    tensor: torch.Tensor | None
+    stand_in: torch.Tensor
+
+
+class Packed:
+    """Record of a layer, which lives as long as the layer.
+
+    Attributes:
+        name: canonical name of the layer.
+        shown: whether the layer holds its own tensors now.
+        moved: slots of the module that FSDP would have seen, by key: "parameter" or "buffer".
+    """
+
+    def __init__(self, layer: nn.Module, name: str, shared: Collection[Range]) -> None:
+        self._layer = weakref.ref(layer)
+        self.name, self.shown = name, False
+        self.moved: dict[str, str] = {}
+        plan, by_tensor = layout(layer, shared)
+        self.nbytes = plan.nbytes
+        self._held: list[Held] = []
+        self._places: list[tuple[int, Place]] = []
+        self._values: list[torch.Tensor] = []
+        self._views: list[torch.Tensor] = []
+        self._storage: object = None
+        self._searches = 2
+        number = {tensor: index for index, tensor in enumerate(by_tensor)}
+        for leaf in leaves(layer):
+            index = number.get(id(leaf.tensor))
+            if index is not None:
+                self._places.append((index, leaf.place))
+                if index == len(self._held):
+                    self._held.append(self._holding(leaf, by_tensor[id(leaf.tensor)]))
+                    self._values.append(leaf.tensor)
+
+    def _holding(self, leaf: Leaf, view: View) -> Held:
+        import torch
+
+        own = leaf.tensor if type(leaf.tensor) is not torch.Tensor or vars(leaf.tensor) else None
+        return Held(view, own, stand_in(leaf.tensor, f"{self.name}.{leaf.path}"))
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer."""
+        layer = self._layer()
+        assert layer is not None
+        return layer
+
+    def fill(self, stored: torch.Tensor) -> None:
+        """Copy the layer's bytes.
+
+        Args:
+            stored: uint8, of `nbytes`, on the device of the layer or on meta.
+        """
+        import torch
+
+        done: set[tuple[int, int, int]] = set()
+        for value, held in zip(self._values, self._held, strict=True):
+            storage, start, end = span(value)
+            if value.is_meta or stored.is_meta or (storage, start, end) in done:
+                continue
+            done.add((storage, start, end))
+            # Bytes are copied as bytes. A copy between floating dtypes would alter patterns that spell NaN.
+            raw = torch.empty(0, dtype=torch.uint8, device=value.device)
+            raw.set_(value.untyped_storage(), start, (end - start,), (1,))
+            stored[held.view.start : held.view.start + end - start].copy_(raw)
+
+    def take_over(self) -> None:
+        """Take the quantizer's tensors out of the slots that FSDP reads, and show them no more."""
+        layer = self.layer
+        for index, place in self._places:
+            for kind, slots in (("parameter", layer._parameters), ("buffer", layer._buffers)):
+                if place.holder is slots:
+                    self._leave(place.key, kind, self._values[index])
+        for key, parameter in list(layer._parameters.items()):
+            # What is made of tensors moves as what it is. Its parts are what is packed.
+            inside = parameter is not None and inventory.inner_names(parameter)
+            if inside and any(place.holder is parameter for _, place in self._places):
+                self._leave(key, "parameter", parameter)
+        self._places = [(index, self._moved_place(place)) for index, place in self._places]
+        self.shown = True
+        self.hide()
+
+    def _leave(self, key: str, kind: str, value: object) -> None:
+        slots: dict[str, Any] = self.layer._parameters if kind == "parameter" else self.layer._buffers
+        self.moved[key] = kind
+        del slots[key]
+        # A plain attribute of the same name answers in its place.
+        vars(self.layer)[key] = value
+
+    def _moved_place(self, place: Place) -> Place:
+        slots = (self.layer._parameters, self.layer._buffers)
+        return Place(vars(self.layer), place.key) if any(place.holder is item for item in slots) else place
+
+    def show(self, stored: torch.Tensor) -> None:
+        """Give the layer its tensors, as views of bytes that are gathered.
+
+        Args:
+            stored: uint8, of at least `nbytes`.
+        """
+        storage = (stored.untyped_storage()._cdata, stored.storage_offset(), stored.device)
+        if storage != self._storage:
+            views = [held.view.of(stored) for held in self._held]
+            # A copy would be stale after the next gathering: it is made again each time.
+            apart = any(view.untyped_storage()._cdata != storage[0] for view in views)
+            self._storage = None if apart else storage
+            self._views = views
+            for held in self._held:
+                tell(held.stand_in, stored.device)
+        self._values = [self._value(held, view) for held, view in zip(self._held, self._views, strict=True)]
+        for index, place in self._places:
+            place.put(self._values[index])
+        self.shown = True
+
+    @staticmethod
+    def _value(held: Held, view: torch.Tensor) -> torch.Tensor:
+        if held.tensor is None:
+            return view
+        held.tensor.data = view
+        return held.tensor
+
+    def hide(self) -> None:
+        """Put stand-ins in the places of the layer's tensors, before FSDP frees their memory.
+
+        Quantizers move tensors from one attribute to another, as 8-bit layers do in their first forward. So all of the
+        layer is searched the first times, and whenever somebody holds a tensor in a place that is not known.
+        """
+        if not self.shown:
+            return
+        here = all(place.get() is self._values[index] for index, place in self._places)
+        if self._searches or not here:
+            self._search()
+        else:
+            for index, place in self._places:
+                place.put(self._held[index].stand_in)
+            if self._is_held_elsewhere():
+                self._search()
+        for held in self._held:
+            if held.tensor is not None:
+                # Who kept the parameter itself finds it empty, and not full of what lies there since.
+                held.tensor.data = held.tensor.data.new_empty(0)
+        self._values, self.shown = [], False
+
+    def _is_held_elsewhere(self) -> bool:
+        # The list of views, or the record of the quantizer's own object, is one more reference.
+        return any(_references(self._values, index) > _ALONE + 1 for index in range(len(self._values)))
+
+    def _search(self) -> None:
+        number = {id(value): index for index, value in enumerate(self._values)}
+        number |= {id(held.stand_in): index for index, held in enumerate(self._held)}
+        found = [(number[id(leaf.tensor)], leaf.place) for leaf in leaves(self.layer) if id(leaf.tensor) in number]
+        for index, place in found:
+            place.put(self._held[index].stand_in)
+        self._places = found
+        self._searches = max(0, self._searches - 1)
+
+    @contextlib.contextmanager
+    def showing(self, stored: torch.Tensor) -> Iterator[None]:
+        """The layer with its tensors for a while; nothing changes where FSDP has it gathered.
+
+        Args:
+            stored: uint8, of at least `nbytes`, on any device.
+        """
+        if self.shown:
+            yield
+            return
+        self.show(stored)
+        try:
+            yield
+        finally:
+            self.hide()
+
+    @contextlib.contextmanager
+    def as_before(self) -> Iterator[None]:
+        """The layer's slots as they were before it was packed, while it is shown."""
+        layer = self.layer
+        slots = {"parameter": layer._parameters, "buffer": layer._buffers}
+        back = {key: kind for key, kind in self.moved.items() if key in vars(layer)}
+        own = layer._parameters.pop(PACKED, None)
+        for key, kind in back.items():
+            slots[kind][key] = vars(layer).pop(key)
+        try:
+            yield
+        finally:
+            for key, kind in back.items():
+                vars(layer)[key] = slots[kind].pop(key)
+            if own is not None:
+                layer._parameters[PACKED] = own
+
+
+_PACKED: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionary()
+
+
+def packed_of(layer: nn.Module) -> Packed | None:
+    """Record of a layer whose bytes are packed, or None."""
+    return _PACKED.get(layer) if _PACKED else None
+
+
+def none_packed() -> bool:
+    """Whether this process has no packed layer."""
+    return not _PACKED
+
+
+def packed_layers(model: nn.Module) -> list[Packed]:
+    """Records of the packed layers of a model, in its order."""
+    return [] if not _PACKED else [_PACKED[module] for module in model.modules() if module in _PACKED]
+
+
+def pack(layer: nn.Module, name: str, dtype: torch.dtype, shared: Collection[Range]) -> None:
+    """Move the bytes of a layer into a frozen parameter of it, named `names.PACKED`.
+
+    Args:
+        layer: a quantized one; nothing of it is trained.
+        name: canonical name.
+        dtype: floating, in which FSDP moves the bytes without a cast.
+        shared: memory that other layers use too, from `layout.shared_ranges`.
+    """
+    import torch
+
+    record = Packed(layer, name, shared)
+    device = record._values[0].device
+    stored = torch.zeros(-(-record.nbytes // dtype.itemsize), dtype=dtype, device=device)
+    record.fill(stored.view(torch.uint8))
+    record.take_over()
+    layer.register_parameter(PACKED, torch.nn.Parameter(stored, requires_grad=False))
+    _PACKED[layer] = record
+    _shadow(layer)
+
+
+_PLAIN = ("_apply", "_save_to_state_dict", "_load_from_state_dict", "state_dict", "load_state_dict")
+"""Methods of a module by which quantizers reach for tensors that are sharded now."""
+
+
+def _shadow(layer: nn.Module) -> None:
+    """Let a packed layer move, save and load as any module does: what it has is the packed parameter."""
+    from torch import nn
+
+    for name in _PLAIN:
+        if getattr(type(layer), name) is not getattr(nn.Module, name):
+            vars(layer)[name] = functools.partial(getattr(nn.Module, name), layer)
+    # bitsandbytes lays 4-bit weights out anew in evaluation on some CPUs, which shared bytes cannot be.
+    if getattr(layer, "support_avx512bf16_for_cpu", False):
+        vars(layer)["support_avx512bf16_for_cpu"] = False
+
+
+def refuse_cast(model: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Refuse a cast of packed bytes, which would be others in another dtype, before anything is changed.
+
+    Args:
+        model: a planned one.
+        function: that `Module._apply` is about to call with each tensor.
+
+    Raises:
+        AdapterError: it gives another dtype.
+    """
+    import torch
+
+    dtypes = {item.layer._parameters[PACKED].dtype: item.name for item in packed_layers(model)}
+    for dtype, name in dtypes.items():
+        cast = function(torch.empty(0, dtype=dtype)).dtype
+        if cast != dtype:
+            raise AdapterError(
+                name,
+                f"it is quantized, and its bytes, which FSDP has sharded as {dtype}, would be cast to {cast}",
+                "Other bytes are other weights; nothing has been cast",
+                "Leave out the cast, such as bf16_full_eval or fp16_full_eval: a quantized layer casts by itself",
+                tensor=name,
+            )

@@ -1,0 +1,109 @@
+"""Quantized layers in a plan: one frozen parameter that FSDP shards stands for the tensors that move into it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from trainer_fsdp_patch.bits import SIZES
+from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, Inventory, TensorInfo
+from trainer_fsdp_patch.names import PACKED
+from trainer_fsdp_patch.packing import units
+from trainer_fsdp_patch.packing.choosing import Candidate, candidates
+
+REASON = "quantized: the layer's bytes are one frozen parameter"
+
+
+class Asked(NamedTuple):
+    """What decides whether and how layers are packed.
+
+    Attributes:
+        fsdp_version: 1 or 2.
+        param_dtype: in which FSDP computes units, as a name, or None for the stored one.
+        ranks: over which FSDP shards.
+        barred: canonical names of tensors that a user ignores, or that several units share.
+        unit: name of the unit that a name is in.
+    """
+
+    fsdp_version: int
+    param_dtype: str | None
+    ranks: int
+    barred: set[str]
+    unit: Callable[[str], str]
+
+
+def with_packed(
+    tensors: list[TensorInfo],
+    taken: Inventory,
+    asked: Asked,
+    odd: Callable[[list[TensorInfo]], dict[str, str]],
+) -> list[TensorInfo]:
+    """The same tensors, with one for each layer that is packed in the place of those that move into it.
+
+    Args:
+        tensors: of the model.
+        taken: its inventory.
+        asked: settings of the run.
+        odd: gives the names of those tensors whose dtype their unit cannot take.
+    """
+    quantized = any(item.role == QUANTIZED or _is_integer_buffer(item) for item in tensors)
+    if not quantized or asked.ranks == 1 or not units.is_followed(asked.fsdp_version):
+        return tensors
+    chosen = candidates(taken, asked.barred)
+    packed = _replaced(tensors, chosen, asked)
+    refused = odd(packed)
+    able = [item for item in chosen if f"{item.name}.{PACKED}" not in refused]
+    return packed if able == chosen else _replaced(tensors, able, asked)
+
+
+def _replaced(tensors: list[TensorInfo], chosen: list[Candidate], asked: Asked) -> list[TensorInfo]:
+    moving = {name for item in chosen for name in item.names}
+    kept = [item for item in tensors if item.name not in moving]
+    dtype = _dtypes(kept, asked)
+    return kept + [_packed(item.name, item.nbytes, dtype(f"{item.name}.{PACKED}")) for item in chosen]
+
+
+def _is_integer_buffer(tensor: TensorInfo) -> bool:
+    return tensor.kind == "buffer" and tensor.persistent and "int" in tensor.dtype
+
+
+def _dtypes(tensors: list[TensorInfo], asked: Asked) -> Callable[[str], str]:
+    """The dtype in which FSDP casts no tensor of a unit: that of its compute, else what most of the unit has."""
+    if asked.param_dtype is not None:
+        return lambda name: str(asked.param_dtype)
+    sizes: dict[str, Counter[str]] = {}
+    for tensor in tensors:
+        if tensor.kind == "parameter" and tensor.role in (BASE, QUANTIZED) and tensor.dtype in SIZES:
+            for unit in {asked.unit(tensor.name), ""}:
+                sizes.setdefault(unit, Counter())[tensor.dtype] += tensor.nbytes
+    main = {unit: counts.most_common(1)[0][0] for unit, counts in sizes.items()}
+    return lambda name: main.get(asked.unit(name), main.get("", "bfloat16"))
+
+
+def _packed(layer: str, nbytes: int, dtype: str) -> TensorInfo:
+    elements = -(-nbytes // SIZES[dtype])
+    name = f"{layer}.{PACKED}"
+    return TensorInfo(
+        name=name,
+        names=(name,),
+        kind="parameter",
+        role=QUANTIZED,
+        module=layer,
+        shape=(elements,),
+        dtype=dtype,
+        nbytes=elements * SIZES[dtype],
+        trainable=False,
+        owned=False,
+        persistent=True,
+    )
+
+
+def layers_of(tensors: Iterable[TensorInfo]) -> dict[str, tuple[int, str]]:
+    """Bytes and dtype of each packed layer among the tensors of a plan, by the name of the layer."""
+    return {item.module: (item.nbytes, item.dtype) for item in tensors if is_packed(item)}
+
+
+def is_packed(tensor: TensorInfo) -> bool:
+    """Whether a tensor of a plan stands for a packed layer."""
+    return tensor.role == QUANTIZED and tensor.name.endswith(f".{PACKED}")
