@@ -11,7 +11,18 @@ import pytest
 import trainer_fsdp_patch
 
 PACKAGE = Path(trainer_fsdp_patch.__file__).parent
-ROOMS = ("testing", "preparing", "training", "resuming", "saving", "planning", "packing", "inspecting", "files", "ground")
+ROOMS = (
+    "testing",
+    "preparing",
+    "training",
+    "resuming",
+    "saving",
+    "planning",
+    "packing",
+    "inspecting",
+    "files",
+    "ground",
+)
 """From the top floor to the ground; `patching` stands alone on the ground, and knows nothing of FSDP."""
 DOOR = {"__init__", "__main__", "cli", "gates"}
 """Modules that open the rooms to users and to patches; no room imports them."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _PLAIN = ("builtins", "torch", "numpy", "collections", "functools", "types", "typing", "enum")
-"""Packages whose objects keep no tensor of a layer, but for the dictionaries, lists and tensors that are looked into."""
+"""Packages whose objects keep no tensor of a layer; dictionaries, lists and tensors are looked into."""
 
 _HOOKS = ("_hf_hook", "_old_forward", "_is_hf_initialized")
 """What accelerate writes on a layer that it moves; it refers to weights that it does not own."""
@@ -92,11 +92,10 @@ def _within(holder: Any, keys: Iterable[Any], prefix: str, seen: set[int]) -> It
     for key in keys:
         place = Place(holder, key)
         value, path = place.get(), f"{prefix}.{key}".lstrip(".")
-        is_tensor = isinstance(value, torch.Tensor)
-        inner = inventory.inner_names(value) if is_tensor else ()
-        if is_tensor and not inner:
+        inner = inventory.inner_names(value) if isinstance(value, torch.Tensor) else ()
+        if isinstance(value, torch.Tensor) and not inner:
             yield Leaf(path, place, value)
-        if id(value) in seen or not (is_tensor or _is_looked_into(value)):
+        if id(value) in seen or not (isinstance(value, torch.Tensor) or _is_looked_into(value)):
             continue
         seen.add(id(value))
         if isinstance(value, (dict, list)):
@@ -124,9 +123,9 @@ def span(tensor: torch.Tensor) -> tuple[int, int, int]:
         tensor: plain; one on meta will do.
     """
     size = tensor.element_size()
-    start = tensor.storage_offset() * size
-    reach = sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.untyped_storage()._cdata, start, start + (reach + 1) * size if tensor.numel() else start
+    start = int(tensor.storage_offset()) * size
+    reach = sum(int((count - 1) * step) for count, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.untyped_storage()._cdata), start, start + (reach + 1) * size if tensor.numel() else start
 
 
 def statistics(layers: Iterable[nn.Module]) -> int:

@@ -14,7 +14,7 @@ from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.inspecting.leaves import Leaf, Place, leaves, span
 from trainer_fsdp_patch.names import PACKED
 from trainer_fsdp_patch.packing.layout import Range, View, layout
-from trainer_fsdp_patch.packing.stand_in import stand_in, tell
+from trainer_fsdp_patch.packing.stand_in import is_stand_in, stand_in, tell
 
 if TYPE_CHECKING:
     import torch
@@ -59,20 +59,15 @@ class Packed:
         self.moved: dict[str, str] = {}
         plan, by_tensor = layout(layer, shared)
         self.nbytes = plan.nbytes
-        self._held: list[Held] = []
-        self._places: list[tuple[int, Place]] = []
-        self._values: list[torch.Tensor] = []
+        found = [leaf for leaf in leaves(layer) if id(leaf.tensor) in by_tensor]
+        first = {id(leaf.tensor): leaf for leaf in reversed(found)}
+        number = {tensor: index for index, tensor in enumerate(first)}
+        self._places = [(number[id(leaf.tensor)], leaf.place) for leaf in found]
+        self._values = [leaf.tensor for leaf in first.values()]
+        self._held = [self._holding(leaf, by_tensor[tensor]) for tensor, leaf in first.items()]
         self._views: list[torch.Tensor] = []
         self._storage: object = None
         self._searches = 2
-        number = {tensor: index for index, tensor in enumerate(by_tensor)}
-        for leaf in leaves(layer):
-            index = number.get(id(leaf.tensor))
-            if index is not None:
-                self._places.append((index, leaf.place))
-                if index == len(self._held):
-                    self._held.append(self._holding(leaf, by_tensor[id(leaf.tensor)]))
-                    self._values.append(leaf.tensor)
 
     def _holding(self, leaf: Leaf, view: View) -> Held:
         import torch
@@ -109,16 +104,11 @@ class Packed:
     def take_over(self) -> None:
         """Take the quantizer's tensors out of the slots that FSDP reads, and show them no more."""
         layer = self.layer
-        for index, place in self._places:
-            for kind, slots in (("parameter", layer._parameters), ("buffer", layer._buffers)):
-                if place.holder is slots:
-                    self._leave(place.key, kind, self._values[index])
         for key, parameter in list(layer._parameters.items()):
             # What is made of tensors moves as what it is. Its parts are what is packed.
             inside = parameter is not None and inventory.inner_names(parameter)
             if inside and any(place.holder is parameter for _, place in self._places):
                 self._leave(key, "parameter", parameter)
-        self._places = [(index, self._moved_place(place)) for index, place in self._places]
         self.shown = True
         self.hide()
 
@@ -187,13 +177,41 @@ class Packed:
         return any(_references(self._values, index) > _ALONE + 1 for index in range(len(self._values)))
 
     def _search(self) -> None:
+        """Find every place that holds one of the tensors, or has come to hold another view of the same memory."""
         number = {id(value): index for index, value in enumerate(self._values)}
         number |= {id(held.stand_in): index for index, held in enumerate(self._held)}
-        found = [(number[id(leaf.tensor)], leaf.place) for leaf in leaves(self.layer) if id(leaf.tensor) in number]
-        for index, place in found:
-            place.put(self._held[index].stand_in)
+        memory = {view.untyped_storage()._cdata for view in self._views}
+        found = []
+        for leaf in list(leaves(self.layer)):
+            index = number.get(id(leaf.tensor))
+            if index is None and not is_stand_in(leaf.tensor) and span(leaf.tensor)[0] in memory:
+                index = self._adopt(leaf)
+            if index is not None:
+                place = self._out_of_slots(leaf)
+                place.put(self._held[index].stand_in)
+                found.append((index, place))
         self._places = found
         self._searches = max(0, self._searches - 1)
+
+    def _adopt(self, leaf: Leaf) -> int | None:
+        """Take a new object for one of the layer's tensors, as peft makes one of a weight that it moves to its device.
+
+        Returns:
+            Its number; None where it is another view, whose place gets a copy.
+        """
+        for index, (held, view) in enumerate(zip(self._held, self._views, strict=True)):
+            if span(view) == span(leaf.tensor) and (view.shape, view.dtype) == (leaf.tensor.shape, leaf.tensor.dtype):
+                self._held[index] = self._holding(leaf, held.view)
+                return index
+        leaf.place.put(leaf.tensor.detach().clone())
+        return None
+
+    def _out_of_slots(self, leaf: Leaf) -> Place:
+        """The place of a tensor, which is no longer one that FSDP or a state dict reads."""
+        for kind, slots in (("parameter", self.layer._parameters), ("buffer", self.layer._buffers)):
+            if leaf.place.holder is slots:
+                self._leave(leaf.place.key, kind, leaf.tensor)
+        return self._moved_place(leaf.place)
 
     @contextlib.contextmanager
     def showing(self, stored: torch.Tensor) -> Iterator[None]:
@@ -215,7 +233,7 @@ class Packed:
     def as_before(self) -> Iterator[None]:
         """The layer's slots as they were before it was packed, while it is shown."""
         layer = self.layer
-        slots = {"parameter": layer._parameters, "buffer": layer._buffers}
+        slots: dict[str, dict[str, Any]] = {"parameter": layer._parameters, "buffer": layer._buffers}
         back = {key: kind for key, kind in self.moved.items() if key in vars(layer)}
         own = layer._parameters.pop(PACKED, None)
         for key, kind in back.items():
@@ -296,7 +314,8 @@ def refuse_cast(model: nn.Module, function: Callable[[torch.Tensor], torch.Tenso
     """
     import torch
 
-    dtypes = {item.layer._parameters[PACKED].dtype: item.name for item in packed_layers(model)}
+    named = ((item.layer._parameters.get(PACKED), item.name) for item in packed_layers(model))
+    dtypes = {parameter.dtype: name for parameter, name in named if parameter is not None}
     for dtype, name in dtypes.items():
         cast = function(torch.empty(0, dtype=dtype)).dtype
         if cast != dtype:

@@ -1,4 +1,4 @@
-"""What stands in the place of a tensor while its bytes are sharded: it tells what the tensor is, and refuses to be read.
+"""What stands for a tensor while its bytes are sharded: it tells what the tensor is, and refuses to be read.
 
 FSDP frees the memory of a unit when it reshards it. A view of that memory would read whatever lies there since.
 """
@@ -9,7 +9,7 @@ import functools
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch.errors import AdapterError
 
@@ -68,7 +68,7 @@ def stand_in(tensor: torch.Tensor, name: str) -> torch.Tensor:
     import torch
 
     meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    made = torch.Tensor._make_subclass(_class_for(type(tensor)), meta, False)
+    made: torch.Tensor = torch.Tensor._make_subclass(_class_for(type(tensor)), meta, False)
     # One dictionary for both: quantizers write on either, depending on which of the two they find.
     made.__dict__ = vars(tensor)
     _TOLD[id(made)] = name, tensor.device
@@ -125,7 +125,7 @@ def _answer(
 
 
 def _refuse(tensor: object, asked: str) -> object:
-    name = cast("str", _TOLD[id(tensor)][0]) if is_stand_in(tensor) else "a quantized tensor"
+    name = _TOLD[id(tensor)][0] if is_stand_in(tensor) else "a quantized tensor"
     raise AdapterError(
         name,
         f"{asked} was called while FSDP has the layer sharded",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer_fsdp_patch.names import PACKED
 from trainer_fsdp_patch.packing.packed import Packed, packed_of
@@ -12,6 +12,7 @@ from trainer_fsdp_patch.packing.packed import Packed, packed_of
 if TYPE_CHECKING:
     import torch
     from torch.distributed.fsdp._flat_param import FlatParamHandle
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 
@@ -26,7 +27,7 @@ class _Part(NamedTuple):
 _PARTS: weakref.WeakKeyDictionary[FlatParamHandle, list[_Part]] = weakref.WeakKeyDictionary()
 
 
-def has_packed(unit: object) -> bool:
+def has_packed(unit: Any) -> bool:
     """Whether a unit, of either version of FSDP, holds a packed layer."""
     if hasattr(unit, "fsdp_params"):
         return any(item._module_info.param_name == PACKED for item in unit.fsdp_params)
@@ -94,8 +95,8 @@ def hide_group(group: FSDPParamGroup) -> None:
             layer.hide()
 
 
-def _layer_of(item: object) -> Packed | None:
-    info = item._module_info  # type: ignore[attr-defined]
+def _layer_of(item: FSDPParam) -> Packed | None:
+    info = item._module_info
     return packed_of(info.module) if info.param_name == PACKED else None
 
 

@@ -165,7 +165,8 @@ def make_plan(
         return odd_dtypes(tensors, roots) if fsdp_version == 1 else {}
 
     barred = users | set(shared_by_units(tensors, roots))
-    within = packs.Asked(fsdp_version, param_dtype or amp, ranks, barred, lambda name: _unit(name, roots))
+    compute, reasons = _param_dtype(tensors, users, amp, param_dtype)
+    within = packs.Asked(fsdp_version, compute, ranks, barred, lambda name: _unit(name, roots))
     tensors = packs.with_packed(tensors, inventory, within, odd_in)
     odd = odd_in(tensors)
     odd |= shared_by_units(tensors, roots)
@@ -192,7 +193,6 @@ def make_plan(
             "Ignore fewer modules, or train without FSDP",
             setting="ignored_modules" if users else "fsdp",
         )
-    compute, reasons = _param_dtype(placements, amp, param_dtype)
     flag = _orig_params(fsdp_version, use_orig_params)
     parameters = [item for item in placements if item.tensor.kind == "parameter"]
     held = [item.tensor.name for item in parameters if item.placement == SHARD]
@@ -304,10 +304,10 @@ def odd_dtypes(tensors: list[TensorInfo], roots: list[str]) -> dict[str, str]:
 
 
 def _param_dtype(
-    placements: tuple[Placement, ...], amp: str | None, asked: str | None
+    tensors: list[TensorInfo], users: set[str], amp: str | None, asked: str | None
 ) -> tuple[str | None, tuple[str, ...]]:
     """Dtype of units: packed weights must not be cast, so their storage dtype decides."""
-    packed = [item.tensor for item in placements if item.tensor.role == QUANTIZED and item.placement == SHARD]
+    packed = [item for item in tensors if item.role == QUANTIZED and shardable(item) and item.name not in users]
     packed = [tensor for tensor in packed if len(tensor.shape) == 2 and tensor.shape[-1] == 1]
     stored = sorted({tensor.dtype for tensor in packed})
     wanted = asked or amp
