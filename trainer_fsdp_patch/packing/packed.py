@@ -51,12 +51,14 @@ class Packed:
         name: canonical name of the layer.
         shown: whether the layer holds its own tensors now.
         moved: slots of the module that FSDP would have seen, by key: "parameter" or "buffer".
+        shadows: methods of its class that the layer does not answer with.
     """
 
     def __init__(self, layer: nn.Module, name: str, shared: Collection[Range]) -> None:
         self._layer = weakref.ref(layer)
         self.name, self.shown = name, False
         self.moved: dict[str, str] = {}
+        self.shadows: list[str] = []
         plan, by_tensor = layout(layer, shared)
         self.nbytes = plan.nbytes
         found = [leaf for leaf in leaves(layer) if id(leaf.tensor) in by_tensor]
@@ -67,6 +69,7 @@ class Packed:
         self._held = [self._holding(leaf, by_tensor[tensor]) for tensor, leaf in first.items()]
         self._views: list[torch.Tensor] = []
         self._storage: object = None
+        self._shown_from: torch.Tensor | None = None
         self._searches = 2
 
     def _holding(self, leaf: Leaf, view: View) -> Held:
@@ -141,7 +144,7 @@ class Packed:
         self._values = [self._value(held, view) for held, view in zip(self._held, self._views, strict=True)]
         for index, place in self._places:
             place.put(self._values[index])
-        self.shown = True
+        self.shown, self._shown_from = True, stored
 
     @staticmethod
     def _value(held: Held, view: torch.Tensor) -> torch.Tensor:
@@ -170,7 +173,7 @@ class Packed:
             if held.tensor is not None:
                 # Who kept the parameter itself finds it empty, and not full of what lies there since.
                 held.tensor.data = held.tensor.data.new_empty(0)
-        self._values, self.shown = [], False
+        self._values, self.shown, self._shown_from = [], False, None
 
     def _is_held_elsewhere(self) -> bool:
         # The list of views, or the record of the quantizer's own object, is one more reference.
@@ -214,20 +217,21 @@ class Packed:
         return self._moved_place(leaf.place)
 
     @contextlib.contextmanager
-    def showing(self, stored: torch.Tensor) -> Iterator[None]:
-        """The layer with its tensors for a while; nothing changes where FSDP has it gathered.
+    def reading(self, stored: torch.Tensor) -> Iterator[None]:
+        """The layer with its tensors in memory of the caller's, and afterwards as it was.
 
         Args:
             stored: uint8, of at least `nbytes`, on any device.
         """
-        if self.shown:
-            yield
-            return
+        before = self._shown_from
+        self.hide()
         self.show(stored)
         try:
             yield
         finally:
             self.hide()
+            if before is not None:
+                self.show(before)
 
     @contextlib.contextmanager
     def as_before(self) -> Iterator[None]:
@@ -236,11 +240,13 @@ class Packed:
         slots: dict[str, dict[str, Any]] = {"parameter": layer._parameters, "buffer": layer._buffers}
         back = {key: kind for key, kind in self.moved.items() if key in vars(layer)}
         own = layer._parameters.pop(PACKED, None)
+        plain = {key: vars(layer).pop(key) for key in self.shadows if key in vars(layer)}
         for key, kind in back.items():
             slots[kind][key] = vars(layer).pop(key)
         try:
             yield
         finally:
+            vars(layer).update(plain)
             for key, kind in back.items():
                 vars(layer)[key] = slots[kind].pop(key)
             if own is not None:
@@ -283,20 +289,21 @@ def pack(layer: nn.Module, name: str, dtype: torch.dtype, shared: Collection[Ran
     record.take_over()
     layer.register_parameter(PACKED, torch.nn.Parameter(stored, requires_grad=False))
     _PACKED[layer] = record
-    _shadow(layer)
+    _shadow(layer, record)
 
 
 _PLAIN = ("_apply", "_save_to_state_dict", "_load_from_state_dict", "state_dict", "load_state_dict")
 """Methods of a module by which quantizers reach for tensors that are sharded now."""
 
 
-def _shadow(layer: nn.Module) -> None:
+def _shadow(layer: nn.Module, record: Packed) -> None:
     """Let a packed layer move, save and load as any module does: what it has is the packed parameter."""
     from torch import nn
 
     for name in _PLAIN:
         if getattr(type(layer), name) is not getattr(nn.Module, name):
             vars(layer)[name] = functools.partial(getattr(nn.Module, name), layer)
+            record.shadows.append(name)
     # bitsandbytes lays 4-bit weights out anew in evaluation on some CPUs, which shared bytes cannot be.
     if getattr(layer, "support_avx512bf16_for_cpu", False):
         vars(layer)["support_avx512bf16_for_cpu"] = False

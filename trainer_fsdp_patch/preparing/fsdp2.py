@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting import inventory, units
+from trainer_fsdp_patch.packing.packed import packed_of
 from trainer_fsdp_patch.planning.prepared import prepared_for
 from trainer_fsdp_patch.shadowing import shadowed
 
@@ -142,7 +143,8 @@ def _is_unit(module: nn.Module) -> bool:
     """Whether torch takes a module: containers have no forward to gather before, and a unit's parts are taken."""
     from torch import nn
 
-    if type(module).forward is nn.Module.forward:
+    # A packed layer is shown by the unit that it is a part of.
+    if type(module).forward is nn.Module.forward or packed_of(module) is not None:
         return False
     own = [item for child in _own(module) for item in child._parameters.values()]
     return not any(isinstance(item, inventory.dtensor()) for item in own)

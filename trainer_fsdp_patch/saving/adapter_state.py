@@ -13,6 +13,7 @@ from trainer_fsdp_patch.errors import AdapterError, warn
 from trainer_fsdp_patch.files import verify
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical, unwrap
+from trainer_fsdp_patch.packing import state_dict as packing
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared_for
 from trainer_fsdp_patch.saving import embeddings, gathering, liveness, naming
 from trainer_fsdp_patch.shadowing import shadowed
@@ -99,11 +100,11 @@ def _everything(
     if prepared.plan.fsdp_version == 1:
         everything = upstream()
         # FSDP1 neither moves what it ignores to the CPU, nor leaves it out where it gives nothing else.
-        values = on_cpu(everything) if getattr(model, "rank", 0) == 0 else {}
+        values = on_cpu(packing.as_saved(model, everything)) if getattr(model, "rank", 0) == 0 else {}
         everything.clear()
         everything.update(values)
         return everything
-    if inventory.QUANTIZED not in prepared.roles.values():
+    if inventory.QUANTIZED not in prepared.roles.values() and not prepared.plan.packed:
         return upstream()
     everything = {}
     for name, value in model.state_dict().items():
@@ -111,7 +112,7 @@ def _everything(
             full = value.full_tensor() if isinstance(value, inventory.dtensor()) else value
         if accelerator.is_main_process:
             everything[canonical(name)] = full.detach().cpu() if hasattr(full, "detach") else full
-    return everything
+    return packing.as_saved(model, everything)
 
 
 def _adapter(accelerator: Accelerator, model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor]:

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch.inspecting import footprint, inventory
+from trainer_fsdp_patch.packing import packed
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 from trainer_fsdp_patch.saving import gathering
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from torch.distributed.fsdp._flat_param import FlatParamHandle
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -20,21 +22,32 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-def applied(upstream: Callable[..., Result], model: nn.Module, *args: object, **kwargs: object) -> Result:
+def applied(
+    upstream: Callable[..., Result],
+    model: nn.Module,
+    function: Callable[[torch.Tensor], torch.Tensor],
+    *args: object,
+    **kwargs: object,
+) -> Result:
     """Move or cast a planned model, and have FSDP read the dtypes again.
 
     Args:
         upstream: the `_apply` of FSDP's class, which goes through all tensors.
         model: wrapped by FSDP, planned.
+        function: that each tensor is given to.
         *args: for upstream.
         **kwargs: for upstream.
+
+    Raises:
+        AdapterError: packed bytes of a quantized layer would be cast.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     prepared = prepared_for(model)
     assert prepared is not None
+    packed.refuse_cast(model, function)
     before = gathering.dtype(model, prepared)
-    result = upstream(*args, **kwargs)
+    result = upstream(function, *args, **kwargs)
     after = gathering.dtype(model, prepared)
     if after != before:
         prepared.cast_to(after)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.names import PACKED
+from trainer_fsdp_patch.packing.packed import packed_of
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_with
 from trainer_fsdp_patch.saving import gathering
 
@@ -49,16 +51,22 @@ def _full_tensors(layer: nn.Module, prepared: Prepared) -> Iterator[None]:
                 with collectives.collective("gathering of a layer"):
                     full = parameter.full_tensor().detach()
                 held.append((module, key, parameter, torch.nn.Parameter(full, requires_grad=parameter.requires_grad)))
-    # Put in place once all are gathered: a collective that fails leaves the layer as it was.
-    for module, key, _, full in held:
-        module._parameters[key] = full
-    try:
-        yield
-    finally:
-        for module, key, parameter, full in held:
-            module._parameters[key] = parameter
-            with torch.no_grad():
-                parameter.to_local().copy_(gathering.part(parameter, full.data))
+    with contextlib.ExitStack() as stack:
+        # Put in place once all are gathered: a collective that fails leaves the layer as it was.
+        for module, key, _, full in held:
+            record = packed_of(module) if key == PACKED else None
+            if record is not None:
+                stack.enter_context(record.reading(full.data.view(torch.uint8)))
+            module._parameters[key] = full
+        try:
+            yield
+        finally:
+            for module, key, parameter, full in held:
+                module._parameters[key] = parameter
+                # What a quantizer has merged into is a new weight of its own, and the packed bytes are as they were.
+                if key != PACKED:
+                    with torch.no_grad():
+                        parameter.to_local().copy_(gathering.part(parameter, full.data))
 
 
 @contextlib.contextmanager
