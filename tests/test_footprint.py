@@ -14,7 +14,7 @@ from cells import METHODS, Bench, Setup
 from faults import FLAVOURS, fsdp2, packed, where
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.inspecting import footprint, units
+from trainer_fsdp_patch.inspecting import beyond, units
 from trainer_fsdp_patch.inspecting.footprint import Footprint
 from trainer_fsdp_patch.testing import case, forks, releases, trial
 
@@ -118,14 +118,14 @@ TAKEN = Footprint(ranks=2, units=5, rest=90, base=60, replicated=0, gathered=40,
     ],
 )
 def test_comparison_with_stock(change: dict[str, Any], said: str) -> None:
-    assert footprint.fault(dataclasses.replace(TAKEN, **change), None, TAKEN) == said
+    assert beyond.fault(dataclasses.replace(TAKEN, **change), None, TAKEN) == said
 
 
 @pytest.mark.parametrize("name", ["gathered", "replicated", "base", "rest"])
 def test_comparison_with_the_plan(name: str) -> None:
     more = dataclasses.replace(TAKEN, **{name: vars(TAKEN)[name] + 1})
-    assert footprint.fault(more, TAKEN, None).endswith(f"the plan says {vars(TAKEN)[name]}")
-    assert footprint.fault(TAKEN, dataclasses.replace(TAKEN, units=None, gathered=None), None) == ""
+    assert beyond.fault(more, TAKEN, None).endswith(f"the plan says {vars(TAKEN)[name]}")
+    assert beyond.fault(TAKEN, dataclasses.replace(TAKEN, units=None, gathered=None), None) == ""
 
 
 def test_a_run_that_dies_at_start_up_has_none(bench: Bench, tmp_path: Path) -> None:

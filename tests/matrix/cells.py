@@ -33,7 +33,7 @@ with warnings.catch_warnings():
     from methods import METHODS, ON_ARCHITECTURES, ON_LLAMA
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.inspecting import footprint
+from trainer_fsdp_patch.inspecting import beyond
 from trainer_fsdp_patch.inspecting.footprint import Footprint
 from trainer_fsdp_patch.testing import check, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup, Verdict
@@ -328,7 +328,7 @@ def numbers(taken: Footprint) -> list[int | None]:
 
 def beside(patched: Footprint | None, stock: Footprint | None) -> str:
     """What a patched run takes beyond stock, or ""."""
-    return footprint.fault(patched, None, stock) if patched else ""
+    return beyond.fault(patched, None, stock) if patched else ""
 
 
 def state(row: Row, side: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 import architectures
 from cells import METHODS, SIDES, Bench, Row, Setup, beside, has, numbers
 
-from trainer_fsdp_patch.inspecting import footprint
+from trainer_fsdp_patch.inspecting import beyond
 from trainer_fsdp_patch.testing import forks, trial
 
 DATA = Path(__file__).parent.parent / "data" / "footprints.json"
@@ -52,7 +52,7 @@ def count(bench: Bench, method: str, fsdp: int, sides: tuple[str, ...] = SIDES) 
     if ours is None or outcome.error:
         row["fault"] = outcome.error
     else:
-        row["fault"] = footprint.fault(ours, outcome.planned, None) or beside(ours, took.get("stock"))
+        row["fault"] = beyond.fault(ours, outcome.planned, None) or beside(ours, took.get("stock"))
     return row
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from trainer_fsdp_patch.inspecting import leaves
 from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, TensorInfo
 from trainer_fsdp_patch.names import PACKED, canonical
 from trainer_fsdp_patch.shadowing import shadowed
@@ -39,6 +40,7 @@ class Footprint:
         replicated: the part of `base` that is in no unit, which every rank has.
         gathered: the largest number of bytes that units had gathered at once, as FSDP stores them, padding included.
         collectives: in a step, the largest number.
+        statistics: bytes that quantized layers keep in other tensors than parameters, such as scales, on each rank.
     """
 
     ranks: int
@@ -48,6 +50,7 @@ class Footprint:
     replicated: int
     gathered: int | None
     collectives: int | None = None
+    statistics: int = 0
 
     def together(self, other: Footprint) -> Footprint:
         """The larger of each number, of two steps."""
@@ -58,44 +61,6 @@ class Footprint:
     def sharded(self) -> int:
         """Bytes of a rank's part of the base that FSDP holds."""
         return self.base - self.replicated
-
-
-_SAID = {
-    "units": "FSDP units hold the base",
-    "gathered": "bytes of parameters are gathered at once",
-    "rest": "bytes of parameters are held between steps",
-    "base": "bytes of the base are held between steps",
-    "replicated": "bytes of the base are full on each rank",
-    "sharded": "bytes of the base are held in shards",
-    "collectives": "collectives are in a step",
-}
-
-
-def fault(ours: Footprint, planned: Footprint | None, stock: Footprint | None) -> str:
-    """What a patched run takes beyond its plan, or beyond stock, in one sentence; "" where it is nothing.
-
-    Between steps, stock is compared with the shards of the base alone. The plan replicates an adapter, projections and
-    packed weights for reasons of its own. So they are compared with the plan. Gathered bytes are compared in all: what
-    is replicated is gathered nowhere. It is in no unit either. Where layers share their weights, these are replicated,
-    and the plan alone says how many units there are.
-
-    Args:
-        ours: of the patched run.
-        planned: by its plan.
-        stock: of the same run without patches, where that came as far as a step.
-    """
-    for other, whose, names in (
-        (planned, "the plan says", ("units", "gathered", "replicated", "base", "rest")),
-        (stock, "stock has", ("units", "gathered", "sharded", "collectives")),
-    ):
-        for name in names if other is not None else ():
-            if name == "units" and other is stock and ours.replicated:
-                continue
-            taken, wanted = getattr(ours, name), getattr(other, name)
-            if taken is None or wanted is None or taken == wanted or (taken < wanted) != (name == "units"):
-                continue
-            return f"{taken} {_SAID[name]}, {whose} {wanted}"
-    return ""
 
 
 class Unit:
@@ -182,6 +147,10 @@ class GroupUnit(Unit):
         arriving = _stored(pending.all_gather_output) if pending is not None else 0
         outputs = [tensor for item in self.owner.fsdp_params for tensor in item.all_gather_outputs]
         return max(arriving, sum(map(_stored, outputs)))
+
+
+def _may_be_packed(item: TensorInfo) -> bool:
+    return item.kind == "buffer" and item.persistent and "int" in item.dtype
 
 
 def _stored(tensor: torch.Tensor) -> int:
@@ -300,6 +269,12 @@ class Watch:
 
         return sampled
 
+    def statistics(self) -> int:
+        """Bytes that quantized layers keep in other tensors than parameters, and FSDP has not sharded."""
+        names = {item.module for item in self.tensors if item.role == QUANTIZED or _may_be_packed(item)}
+        layers = [module for name, module in self.model.named_modules() if canonical(name) in names]
+        return leaves.statistics(layers)
+
     def replicated(self) -> dict[str, int]:
         """Bytes of each parameter outside of units, by canonical name."""
         from trainer_fsdp_patch.inspecting.inventory import dtensor, nbytes_of
@@ -333,5 +308,6 @@ class Watch:
             replicated=of_base,
             gathered=self.peak,
             collectives=collectives,
+            statistics=self.statistics(),
         )
         return now if before is None else before.together(now)

@@ -136,9 +136,10 @@ def statistics(layers: Iterable[nn.Module]) -> int:
     """
     sizes: dict[tuple[int, int], int] = {}
     for layer in layers:
-        held = {span(leaf.tensor)[:2] for leaf in leaves(layer) if leaf.place.holder is layer._parameters}
-        for leaf in leaves(layer):
-            storage, start, end = span(leaf.tensor)
-            if (storage, start) not in held and not leaf.tensor.is_meta:
+        # A stand-in is on meta, and what is on meta takes no memory.
+        real = [leaf for leaf in leaves(layer) if not leaf.tensor.is_meta]
+        held = {span(leaf.tensor)[:2] for leaf in real if leaf.place.holder is layer._parameters}
+        for storage, start, end in (span(leaf.tensor) for leaf in real):
+            if (storage, start) not in held:
                 sizes[storage, start] = max(end - start, sizes.get((storage, start), 0))
     return sum(sizes.values())

@@ -7,7 +7,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.inspecting import inventory
@@ -131,7 +131,12 @@ class Packed:
 
         Args:
             stored: uint8, of at least `nbytes`.
+
+        Raises:
+            AdapterError: they are fewer, for they were cast.
         """
+        if stored.numel() < self.nbytes:
+            self._refuse_other(stored.numel())
         storage = (stored.untyped_storage()._cdata, stored.storage_offset(), stored.device)
         if storage != self._storage:
             views = [held.view.of(stored) for held in self._held]
@@ -145,6 +150,15 @@ class Packed:
         for index, place in self._places:
             place.put(self._values[index])
         self.shown, self._shown_from = True, stored
+
+    def _refuse_other(self, count: int) -> NoReturn:
+        raise AdapterError(
+            self.name,
+            f"FSDP has gathered {count} of its {self.nbytes} quantized bytes",
+            "They were cast to another dtype, and are other weights",
+            "Leave param_dtype as it was when the Trainer prepared the model",
+            tensor=self.name,
+        )
 
     @staticmethod
     def _value(held: Held, view: torch.Tensor) -> torch.Tensor:
@@ -183,12 +197,15 @@ class Packed:
         """Find every place that holds one of the tensors, or has come to hold another view of the same memory."""
         number = {id(value): index for index, value in enumerate(self._values)}
         number |= {id(held.stand_in): index for index, held in enumerate(self._held)}
-        memory = {view.untyped_storage()._cdata for view in self._views}
+        memory = [span(view) for view in self._views]
         found = []
         for leaf in list(leaves(self.layer)):
             index = number.get(id(leaf.tensor))
-            if index is None and not is_stand_in(leaf.tensor) and span(leaf.tensor)[0] in memory:
-                index = self._adopt(leaf)
+            # FSDP1 has the packed parameter, and the layer's bias, in the same storage.
+            if index is None and leaf.path != PACKED and not is_stand_in(leaf.tensor):
+                storage, start, end = span(leaf.tensor)
+                if any(storage == other and start < last and first < end for other, first, last in memory):
+                    index = self._adopt(leaf)
             if index is not None:
                 place = self._out_of_slots(leaf)
                 place.put(self._held[index].stand_in)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch.inspecting import footprint
+from trainer_fsdp_patch.inspecting import beyond
 from trainer_fsdp_patch.inspecting.footprint import Footprint
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def compare(case: Outcome, reference: Outcome, setup: Setup) -> Verdict:
     # Negated, for NaN is below nothing.
     if broken is None and not worst <= setup.tolerance:
         return Verdict(f"off by {worst:.1e} of the update", worst)
-    taken = footprint.fault(case.footprint, case.planned, None) if case.footprint else ""
+    taken = beyond.fault(case.footprint, case.planned, None) if case.footprint else ""
     return broken or Verdict(taken, worst)
 
 

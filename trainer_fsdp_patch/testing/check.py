@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch.inspecting import footprint
+from trainer_fsdp_patch.inspecting import beyond
 from trainer_fsdp_patch.inspecting.footprint import Footprint
 from trainer_fsdp_patch.testing import case, forks, trial
 from trainer_fsdp_patch.testing.case import Setup
@@ -75,7 +75,7 @@ def run() -> int:
             ]
             stock, patched = (case.compare(outcome, one, setup) for outcome in runs)
             took = [outcome.footprint for outcome in runs]
-            more = footprint.fault(took[1], None, took[0]) if took[1] else ""
+            more = beyond.fault(took[1], None, took[0]) if took[1] else ""
             wrong += bool(patched.error or more)
             said = (stock.error or "right", patched.error or more or "right", f"{patched.worst:.1e}")
             table.add_row(setup.name, *said, _both(took, "units"), _both(took, "gathered"))
