@@ -39,6 +39,9 @@ def _refusal() -> str:
 takes_adapters = pytest.mark.skipif(bool(_refusal()), reason=_refusal() or "it adds adapters")
 """transformers 5.24 asks for peft 0.22, which has not been released, in `add_adapter` alone."""
 
+STORAGES = ["uint8", "bfloat16", "8bit"]
+"""Of quantized bases: the usual 4-bit one, one that FSDP can shard itself, and integers of 8 bits."""
+
 NO_SHARDS = [
     *((method, Setup("f2-ram", ram_efficient=True), "has no attribute 'device_mesh'") for method in PROJECTED),
     ("vera", Setup("f2-8bit", dtype="bfloat16", storage="8bit"), "no attribute 'CB'"),
@@ -235,3 +238,30 @@ def cast_fault(bench: Bench, setup: Setup) -> None:
         assert outcome.extra["dtype"] == one.extra["dtype"]
         found, wanted = (torch.tensor(item.extra["logits"]) for item in (outcome, one))
         assert float((found - wanted).norm() / wanted.norm()) < 2e-2
+
+
+def packing_patch(fsdp: int) -> str:
+    """Name of the patch by which units of a version of FSDP show their packed layers."""
+    return {1: "torch_v2_2_packed_units", 2: "torch_v2_6_packed_groups"}[fsdp]
+
+
+def _trained(bench: Bench, setup: Setup) -> case.Outcome:
+    outcome, verdict = bench.cell("lora", setup, patched=True)
+    assert verdict.right, verdict.error
+    return outcome
+
+
+def halves(bench: Bench, monkeypatch: pytest.MonkeyPatch, setup: Setup) -> None:
+    """Without the patch a rank holds everything that is quantized; with it, its half on two ranks."""
+    with monkeypatch.context() as context:
+        context.setenv(registry.DISABLE, packing_patch(setup.fsdp))
+        before = _trained(bench, setup).footprint
+    after = _trained(bench, setup).footprint
+    assert before is not None
+    assert after is not None
+    # Float storage is sharded in any case; then what is full are the scales.
+    quantized = before.replicated + before.statistics
+    assert quantized > 2500
+    assert (after.replicated, after.statistics) == (0, 0)
+    assert after.base - before.sharded <= 1.02 * quantized / 2
+    assert after.collectives == before.collectives
