@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.names import PACKED
 
 if TYPE_CHECKING:
     import torch
@@ -136,9 +137,10 @@ def statistics(layers: Iterable[nn.Module]) -> int:
     """
     sizes: dict[tuple[int, int], int] = {}
     for layer in layers:
-        # A stand-in is on meta, and what is on meta takes no memory.
-        real = [leaf for leaf in leaves(layer) if not leaf.tensor.is_meta]
-        held = {span(leaf.tensor)[:2] for leaf in real if leaf.place.holder is layer._parameters}
+        # A stand-in is on meta, and what is on meta takes no memory. FSDP1 may keep a parameter as an attribute.
+        real = [leaf for leaf in leaves(layer) if not leaf.tensor.is_meta and leaf.path != PACKED]
+        holders = {id(layer._parameters), *map(id, layer._parameters.values())}
+        held = {span(leaf.tensor)[:2] for leaf in real if id(leaf.place.holder) in holders}
         for storage, start, end in (span(leaf.tensor) for leaf in real):
             if (storage, start) not in held:
                 sizes[storage, start] = max(end - start, sizes.get((storage, start), 0))

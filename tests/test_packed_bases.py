@@ -1,0 +1,192 @@
+"""Quantized bases under FSDP: what a rank holds, and what users do with them before, during and after training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+import torch
+from cells import METHODS, Bench, Setup, reference_of
+from faults import FLAVOURS, fsdp2, packed, where
+from test_benchmarks import ROOT, load
+
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome
+
+sys.path.append(str(ROOT / "benchmarks"))
+QUANTIZED = load("quantized")
+
+FOUR: dict[str, Any] = {"dtype": "bfloat16", "storage": "uint8"}
+KINDS = list(QUANTIZED.KINDS)
+
+pytestmark = [packed, where("peft>=0.20", "transformers>=5.1", "accelerate>=1.15")]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The benchmark's model."""
+    folder = tmp_path_factory.mktemp("quantized")
+    [outcome] = forks.launch(lambda rank: Outcome(folder=QUANTIZED.write_base(folder)), ranks=1)
+    return outcome.folder
+
+
+def cases() -> list[Any]:
+    """Every quantizer on two ranks, and other numbers of ranks of one; the rest is long."""
+    every = [(kind, fsdp, ranks) for kind in KINDS for fsdp in (1, 2) for ranks in (2, 3, 4)]
+    usual = {case for case in every if case[2] == 2} | {("4bit", 1, 3), ("4bit", 2, 4)}
+    return [case if case in usual else pytest.param(*case, marks=pytest.mark.long) for case in every]
+
+
+@pytest.mark.parametrize(("kind", "fsdp", "ranks"), cases())
+def test_a_rank_holds_its_share(base: str, kind: str, fsdp: int, ranks: int) -> None:
+    """At most 1.02 of the quantized bytes over the ranks, more than the same run holds that replicates none of them."""
+    if fsdp not in FLAVOURS:
+        pytest.skip("no FSDP2 with these releases and devices")
+    ours, before = (QUANTIZED.run(kind, fsdp, ranks, way, base) for way in ("sharded", "replicated"))
+    assert ours.error == before.error == "", ours.extra
+    total: Any = before.extra["quantized"]
+    assert total > 500_000
+    assert before.extra["full"] == total
+    # Offsets and other tensors of a few bytes stay on each rank.
+    assert ours.extra["full"] <= 4096  # type: ignore[operator]
+    rest = before.extra["base"] - total
+    assert ours.extra["base"] - rest <= 1.02 * total / ranks
+    assert ours.extra["collectives"] == before.extra["collectives"]
+
+
+@pytest.mark.parametrize("storage", ["uint8", "8bit"])
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_resuming(bench: Bench, fsdp: int, storage: str) -> None:
+    setup = Setup(f"f{fsdp}-{storage}", fsdp=fsdp, dtype="bfloat16", storage=storage)
+    assert bench.resumed(METHODS["lora"], setup, f"lora-{storage}", patched=True) == ""
+
+
+WAYS = {
+    "f1-hybrid": {"fsdp": 1, "hybrid": True, "ranks": 4},
+    "f2-hybrid": {"hybrid": True, "ranks": 4},
+    "f1-no-wrap": {"fsdp": 1, "wrap": "none"},
+    "f2-size": {"wrap": "size"},
+    "f1-size": {"fsdp": 1, "wrap": "size"},
+    "f2-ram": {"ram_efficient": True},
+    "f1-flat": {"fsdp": 1, "use_orig_params": False},
+    "f2-ac": {"activation_checkpointing": True},
+    "f1-gradient-checkpointing": {"fsdp": 1, "checkpointing": True},
+    "f2-accumulation": {"accumulation": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_layouts(bench: Bench, way: str) -> None:
+    setup = Setup(f"{way}-4bit", **{**FOUR, **WAYS[way]})
+    if setup.fsdp not in FLAVOURS:
+        pytest.skip("no FSDP2 with these releases and devices")
+    outcome, verdict = bench.cell("vera", setup, patched=True)
+    assert verdict.right, verdict.error
+    assert outcome.footprint is not None
+    assert (outcome.footprint.replicated, outcome.footprint.statistics) == (0, 0)
+
+
+def everything(trainer: Any, folder: Path) -> dict[str, Any]:
+    """Evaluate, train, evaluate, and gather the full model by hand."""
+    for module in trainer.model.modules():
+        # bitsandbytes' kernel for evaluation on some CPUs, which packed layers do without, rounds otherwise.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    tensors = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    # In one process and by FSDP1 alike: without a prefix of the adapter's wrappers.
+    kept = {key: value for key, value in tensors.items() if "lora" not in key} if tensors else {}
+    return {"before": before, "after": after, "tensors": {key: checked(value) for key, value in kept.items()}}
+
+
+def checked(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.dtype, tuple(value.shape), value.detach().contiguous().view(-1).view(torch.uint8).tolist()[:4096]
+
+
+@pytest.mark.parametrize("storage", ["uint8", "8bit"])
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_a_full_state_dict_is_what_one_process_has(bench: Bench, fsdp: int, storage: str) -> None:
+    """Under the quantizer's own names, bit for bit; losses before and after training are equal."""
+    setup = Setup(f"f{fsdp}-{storage}", fsdp=fsdp, dtype="bfloat16", storage=storage)
+    scene = checkpoints.Scene(bench)
+    outcomes, one = scene.run(everything, setup, patched=True), scene.one(everything, setup)
+    assert checkpoints.failure(outcomes) == "", outcomes[0].extra
+    ours, wanted = outcomes[0].extra, one.extra
+    for name in ("before", "after"):
+        assert ours[name] == pytest.approx(wanted[name], rel=1e-3)
+    assert set(ours["tensors"]) == set(wanted["tensors"])  # type: ignore[call-overload]
+    assert any("absmax" in key or key.endswith("SCB") for key in ours["tensors"])  # type: ignore[attr-defined]
+    for key, value in wanted["tensors"].items():  # type: ignore[attr-defined]
+        assert ours["tensors"][key] == value, key  # type: ignore[index]
+
+
+def casts(trainer: Any, folder: Path) -> dict[str, Any]:
+    """Train, and cast the model as `fp16_full_eval` does."""
+    trainer.train()
+    before = [parameter.dtype for parameter in trainer.model_wrapped.parameters()]
+    try:
+        trainer.model_wrapped.to(torch.float16)
+        said = "nothing"
+    except Exception as error:
+        said = str(error)
+    same = before == [parameter.dtype for parameter in trainer.model_wrapped.parameters()]
+    return {"said": said, "same": same, "loss": trainer.evaluate()["eval_loss"]}
+
+
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_a_cast_of_packed_bytes_is_refused_and_the_run_goes_on(bench: Bench, fsdp: int) -> None:
+    setup = Setup(f"f{fsdp}-cast", fsdp=fsdp, **FOUR)
+    outcomes = checkpoints.Scene(bench).run(casts, setup, patched=True)
+    for outcome in outcomes:
+        assert outcome.error == "", outcome.extra
+        assert "would be cast to torch.float16" in str(outcome.extra["said"])
+        assert outcome.extra["same"]
+        assert outcome.extra["loss"] == outcome.extra["loss"]
+
+
+def prepared(model: Any) -> Any:
+    """As QLoRA's recipe has it."""
+    from peft import prepare_model_for_kbit_training
+
+    return METHODS["lora"](prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
+
+
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_prepare_model_for_kbit_training(bench: Bench, tmp_path: Path, fsdp: int) -> None:
+    from faults import equals_one_process
+
+    equals_one_process(bench, prepared, Setup(f"f{fsdp}-kbit", fsdp=fsdp, **FOUR), tmp_path)
+
+
+@fsdp2
+@pytest.mark.parametrize("storage", ["uint8", "8bit"])
+def test_merging_in_a_fresh_process(bench: Bench, storage: str, tmp_path: Path) -> None:
+    """The saved adapter is loaded on the quantized base, merged and unloaded."""
+    setup = Setup(f"f2-{storage}", dtype="bfloat16", storage=storage)
+    outcome, verdict = bench.cell("lora", setup, patched=True)
+    assert verdict.right, verdict.error
+    results = [
+        forks.launch(merged, reference_of(setup), bench.base, folder, ranks=1)[0]
+        for folder in (outcome.folder, bench.reference("lora", reference_of(setup)).folder)
+    ]
+    assert results[0].error == "", results[0].extra
+    assert results[0].losses == pytest.approx(results[1].losses, rel=1e-2)
+
+
+def merged(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
+    from peft import PeftModel
+
+    from trainer_fsdp_patch.testing import trial
+
+    model = PeftModel.from_pretrained(trial.load_base(base, setup), folder).merge_and_unload()
+    [row] = trial.dataset(1)
+    batch = {key: value[None] for key, value in row.items()}
+    with torch.no_grad():
+        return Outcome(losses=[float(model(**batch).loss)])
