@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from trainer_fsdp_patch.errors import AdapterError
@@ -324,29 +324,3 @@ def _shadow(layer: nn.Module, record: Packed) -> None:
     # bitsandbytes lays 4-bit weights out anew in evaluation on some CPUs, which shared bytes cannot be.
     if getattr(layer, "support_avx512bf16_for_cpu", False):
         vars(layer)["support_avx512bf16_for_cpu"] = False
-
-
-def refuse_cast(model: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Refuse a cast of packed bytes, which would be others in another dtype, before anything is changed.
-
-    Args:
-        model: a planned one.
-        function: that `Module._apply` is about to call with each tensor.
-
-    Raises:
-        AdapterError: it gives another dtype.
-    """
-    import torch
-
-    named = ((item.layer._parameters.get(PACKED), item.name) for item in packed_layers(model))
-    dtypes = {parameter.dtype: name for parameter, name in named if parameter is not None}
-    for dtype, name in dtypes.items():
-        cast = function(torch.empty(0, dtype=dtype)).dtype
-        if cast != dtype:
-            raise AdapterError(
-                name,
-                f"it is quantized, and its bytes, which FSDP has sharded as {dtype}, would be cast to {cast}",
-                "Other bytes are other weights; nothing has been cast",
-                "Leave out the cast, such as bf16_full_eval or fp16_full_eval: a quantized layer casts by itself",
-                tensor=name,
-            )
