@@ -1,0 +1,134 @@
+"""One walk of a model's modules, which serves everything that a plan asks of them."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from trainer_fsdp_patch.inspecting import tuning
+from trainer_fsdp_patch.names import WRAPPERS, canonical
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Named = tuple[str, "nn.Module"]
+
+
+class Walk:
+    """The modules of a model.
+
+    The lists are as long as each other, and no list of tuples: models have hundreds of thousands of modules.
+
+    Attributes:
+        modules: each once, breadth first. What the base reaches comes first: an adapter may refer to a base module, as
+            prompt learning does to embeddings.
+        names: canonical ones, by which they are reached first.
+        owned: whether their own tensors are the adapter's.
+        parents: places of the modules that they were reached from; that of the model itself is -1.
+        again: names by which modules are reached once more, the modules, and the places of their parents.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules: list[nn.Module] = []
+        self.names: list[str] = []
+        self.owned: list[bool] = []
+        self.parents: list[int] = []
+        self.again: list[tuple[str, nn.Module, int]] = []
+        seen: set[int] = set()
+        of_base: deque[tuple[str, nn.Module, int]] = deque([("", model, -1)])
+        of_adapter: deque[tuple[str, nn.Module, int]] = deque()
+        while of_base or of_adapter:
+            owned = not of_base
+            name, module, parent = found = (of_adapter if owned else of_base).popleft()
+            if id(module) in seen:
+                self.again.append(found)
+                continue
+            seen.add(id(module))
+            base = tuning.base_child(module)
+            place = len(self.modules)
+            self.modules.append(module)
+            self.names.append(name)
+            self.owned.append(owned or base is not None)
+            self.parents.append(parent)
+            for key, child in module._modules.items():
+                if child is not None:
+                    inside = owned if base is None else key != base
+                    (of_adapter if inside else of_base).append((_join(name, key), child, place))
+
+    @functools.cached_property
+    def further(self) -> list[Named]:
+        """All modules that are reached once more, with those below them, by their further names."""
+        pending = [(name, module) for name, module, _ in self.again]
+        found = []
+        while pending:
+            name, module = pending.pop()
+            found.append((name, module))
+            pending += [(_join(name, key), child) for key, child in module._modules.items() if child is not None]
+        return found
+
+    def named(self, wanted: Callable[[nn.Module], bool]) -> list[Named]:
+        """Some modules by their names, each once, as `named_modules` of torch has them.
+
+        Args:
+            wanted: which ones.
+        """
+        found = [(name, module) for name, module in zip(self.names, self.modules, strict=True) if wanted(module)]
+        several = {id(module) for _, module in self.further}
+        if several.isdisjoint(id(module) for _, module in found):
+            return found
+        # torch goes depth first, so that it may come to another of several names before.
+        return [(canonical(name), module) for name, module in self.modules[0].named_modules() if wanted(module)]
+
+    def above(self, module: nn.Module) -> list[nn.Module]:
+        """All modules that a module is below, on any way to it.
+
+        Args:
+            module: of the model.
+        """
+        pending = [place for place, other in enumerate(self.modules) if other is module]
+        found: set[int] = set()
+        while pending:
+            place = pending.pop()
+            more = [parent for _, other, parent in self.again if other is self.modules[place]]
+            more = [parent for parent in (self.parents[place], *more) if parent >= 0 and parent not in found]
+            found.update(more)
+            pending += more
+        return [self.modules[place] for place in found]
+
+    def parents_of(self, module: nn.Module) -> int:
+        """How many times a module of the model is a child."""
+        return sum(other is module for _, other, _ in self.again) + (module is not self.modules[0])
+
+
+def take(model: nn.Module) -> Walk:
+    """Walk a model.
+
+    Args:
+        model: any `torch.nn.Module`.
+    """
+    return Walk(model)
+
+
+def below(module: nn.Module) -> Iterator[nn.Module]:
+    """Each module below one, once.
+
+    Args:
+        module: is not below itself.
+    """
+    pending = [module]
+    seen = {id(module)}
+    while pending:
+        for child in pending.pop()._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                pending.append(child)
+                yield child
+
+
+def _join(name: str, key: str) -> str:
+    """Canonical name of a child. A wrapper's child has the name of the wrapper."""
+    if key in WRAPPERS:
+        return name
+    return f"{name}.{key}" if name else key
