@@ -147,6 +147,9 @@ def named_tensors(model: nn.Module) -> Iterator[Slot]:
 
 def _slots(walked: walk.Walk) -> Iterator[Slot]:
     for name, module, owned in zip(walked.names, walked.modules, walked.owned, strict=True):
+        # Most modules have no tensor of their own.
+        if not (module._parameters or module._buffers):
+            continue
         prefix = f"{name}." if name else ""
         for kind, slots in (("parameter", module._parameters), ("buffer", module._buffers)):
             for key, tensor in slots.items():
@@ -256,6 +259,11 @@ def take(model: nn.Module) -> Inventory:
     return Inventory(tuple(_slots(walked)), walked)
 
 
+@functools.cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _role(slot: Slot, owned: bool, packed: bool) -> str:
     if slot.tensor.requires_grad and slot.kind == "parameter":
         return ADAPTER
@@ -274,7 +282,7 @@ def _entry(slots: list[Slot], packed: bool) -> TensorInfo:
         role=_role(first, owned, packed),
         module=first.name.rpartition(".")[0],
         shape=tuple(tensor.shape),
-        dtype=type(tensor.data).__name__ if _parts(tensor) else str(tensor.dtype).removeprefix("torch."),
+        dtype=type(tensor.data).__name__ if _parts(tensor) else _name_of(tensor.dtype),
         nbytes=nbytes_of(tensor),
         trainable=bool(tensor.requires_grad),
         owned=owned,

@@ -28,6 +28,7 @@ def _containers() -> tuple[tuple[type, str], ...]:
 
 Class = type
 """Any: mypy takes classes of modules for some that cannot be hashed."""
+ByClass = dict[Class, list["nn.Module"]]
 
 
 @functools.cache
@@ -45,31 +46,40 @@ def base_child(module: nn.Module) -> str | None:
     return base
 
 
-def of_class(modules: Iterable[nn.Module], wanted: Callable[[Class], bool]) -> list[nn.Module]:
-    """Some of a model's modules. There are many of them, and few classes.
+def by_class(modules: Iterable[nn.Module]) -> ByClass:
+    """Modules of each class. A model has many modules, and few classes that have to be looked at.
 
     Args:
-        modules: of a model, all.
+        modules: of a model.
+    """
+    found: ByClass = {}
+    for module in modules:
+        found.setdefault(type(module), []).append(module)
+    return found
+
+
+def of_class(modules: ByClass, wanted: Callable[[Class], bool]) -> list[nn.Module]:
+    """Some of a model's modules.
+
+    Args:
+        modules: by class.
         wanted: whether those of a class are among them.
     """
-    modules = list(modules)
-    kinds = {kind for kind in set(map(type, modules)) if wanted(kind)}
-    return [module for module in modules if type(module) in kinds]
+    return [module for kind, members in modules.items() if wanted(kind) for module in members]
 
 
-def tuners(modules: Iterable[nn.Module]) -> set[nn.Module]:
+def tuners(modules: ByClass) -> set[nn.Module]:
     """PEFT's tuners in a model: what its models have as base_model, or stand around the base without one.
 
     Args:
         modules: of the model, all.
     """
-    modules = list(modules)
-    bases = [module._modules.get("base_model") for module in of_class(modules, _of_peft)]
+    bases = (module._modules.get("base_model") for module in of_class(modules, _of_peft))
     found = of_class(modules, lambda kind: issubclass(kind, _containers()[1][0]))
     return {*found, *(base for base in bases if base is not None)}
 
 
-def adapted(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def adapted(modules: ByClass) -> list[nn.Module]:
     """Those of PEFT's modules that work with a layer of the base. No model, wrapper or container is one.
 
     Args:
@@ -87,7 +97,7 @@ def _may_adapt(kind: Class) -> bool:
     return not issubclass(kind, containers) and (_of_peft(kind) or issubclass(kind, _containers()[2][0]))
 
 
-def copied_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def copied_modules(modules: ByClass) -> list[nn.Module]:
     """Full modules that are trained in place of the base's, as modules_to_save has them.
 
     Args:

@@ -73,10 +73,10 @@ def parts(model: nn.Module, walked: walk.Walk | None = None, among: Collection[n
     """
     from transformers import PreTrainedModel
 
-    modules = list(model.modules()) if walked is None else walked.modules
+    modules = tuning.by_class(model.modules()) if walked is None else walked.by_class
     tuners = tuning.tuners(modules)
     if walked is not None:
-        modules = [*among, *{above for item in among for above in walked.above(item)}]
+        modules = tuning.by_class({*among, *(above for item in among for above in walked.above(item))})
     whole = tuning.of_class(modules, lambda kind: issubclass(kind, PreTrainedModel))
     within = {id(item) for item in (*tuners, *whole)}
     blocks = set(getattr(model, "_no_split_modules", None) or ())

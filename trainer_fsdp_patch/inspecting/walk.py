@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.inspecting import tuning
@@ -26,6 +26,7 @@ class Walk:
             prompt learning does to embeddings.
         names: canonical ones, by which they are reached first.
         owned: whether their own tensors are the adapter's.
+        places: of the modules in these lists, by identity.
         parents: places of the modules that they were reached from; that of the model itself is -1.
         again: names by which modules are reached once more, the modules, and the places of their parents.
     """
@@ -36,18 +37,17 @@ class Walk:
         self.owned: list[bool] = []
         self.parents: list[int] = []
         self.again: list[tuple[str, nn.Module, int]] = []
-        seen: set[int] = set()
+        self.places: dict[int, int] = {}
         of_base: deque[tuple[str, nn.Module, int]] = deque([("", model, -1)])
         of_adapter: deque[tuple[str, nn.Module, int]] = deque()
         while of_base or of_adapter:
             owned = not of_base
             name, module, parent = found = (of_adapter if owned else of_base).popleft()
-            if id(module) in seen:
+            place = len(self.modules)
+            if self.places.setdefault(id(module), place) != place:
                 self.again.append(found)
                 continue
-            seen.add(id(module))
             base = tuning.base_child(module)
-            place = len(self.modules)
             self.modules.append(module)
             self.names.append(name)
             self.owned.append(owned or base is not None)
@@ -56,6 +56,11 @@ class Walk:
                 if child is not None:
                     inside = owned if base is None else key != base
                     (of_adapter if inside else of_base).append((_join(name, key), child, place))
+
+    @functools.cached_property
+    def by_class(self) -> tuning.ByClass:
+        """The modules of each class."""
+        return tuning.by_class(self.modules)
 
     @functools.cached_property
     def further(self) -> list[Named]:
@@ -68,18 +73,19 @@ class Walk:
             pending += [(_join(name, key), child) for key, child in module._modules.items() if child is not None]
         return found
 
-    def named(self, wanted: Callable[[nn.Module], bool]) -> list[Named]:
+    def named(self, wanted: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
         """Some modules by their names, each once, as `named_modules` of torch has them.
 
         Args:
-            wanted: which ones.
+            wanted: any modules; those that are not of the model are left out.
         """
-        found = [(name, module) for name, module in zip(self.names, self.modules, strict=True) if wanted(module)]
-        several = {id(module) for _, module in self.further}
-        if several.isdisjoint(id(module) for _, module in found):
+        places = sorted({self.places[id(module)] for module in wanted if id(module) in self.places})
+        found = [(self.names[place], self.modules[place]) for place in places]
+        ids = {id(module) for _, module in found}
+        if ids.isdisjoint(id(module) for _, module in self.further):
             return found
         # torch goes depth first, so that it may come to another of several names before.
-        return [(canonical(name), module) for name, module in self.modules[0].named_modules() if wanted(module)]
+        return [(canonical(name), module) for name, module in self.modules[0].named_modules() if id(module) in ids]
 
     def above(self, module: nn.Module) -> list[nn.Module]:
         """All modules that a module is below, on any way to it.
@@ -87,7 +93,7 @@ class Walk:
         Args:
             module: of the model.
         """
-        pending = [place for place, other in enumerate(self.modules) if other is module]
+        pending = [self.places[id(module)]]
         found: set[int] = set()
         while pending:
             place = pending.pop()

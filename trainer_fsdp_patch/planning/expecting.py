@@ -76,8 +76,7 @@ def _carved(model: nn.Module, walked: Walk, names: set[str]) -> Iterator[list[st
     ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
     before, after = ([item] for item in ends)
     tail = [find_norm(model), *after]
-    asked = [item for item in (*before, *tail) if item is not None]
-    named = walked.named(set(asked).__contains__)
+    named = walked.named(item for item in (*before, *tail) if item is not None)
     known = {id(module): name for name, module in named}
     within = parts(model, walked, [module for _, module in named])
     if _tied(*ends):

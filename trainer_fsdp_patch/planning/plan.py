@@ -18,7 +18,7 @@ from trainer_fsdp_patch.inspecting.inventory import (
     TensorInfo,
     take,
 )
-from trainer_fsdp_patch.inspecting.tuning import copied_modules
+from trainer_fsdp_patch.inspecting.tuning import copied_modules, of_class
 from trainer_fsdp_patch.inspecting.walk import Walk
 from trainer_fsdp_patch.planning import budget, expecting
 
@@ -183,10 +183,9 @@ def make_plan(
         )
     compute, reasons = _param_dtype(placements, amp, param_dtype)
     flag = _orig_params(fsdp_version, use_orig_params)
-    parameters = [item for item in placements if item.tensor.kind == "parameter"]
-    held = [item.tensor.name for item in parameters if item.placement == SHARD]
-    names = {item.tensor.name: {*item.tensor.names, *further.get(item.tensor.name, ())} for item in parameters}
-    cut = expecting.units(model, inventory.walked, {name: names[name] for name in held}, roots, fsdp_version)
+    held = [item.tensor for item in placements if item.placement == SHARD and item.tensor.kind == "parameter"]
+    names = {tensor.name: (*tensor.names, *further.get(tensor.name, ())) for tensor in held}
+    cut = expecting.units(model, inventory.walked, names, roots, fsdp_version)
     return Plan(fsdp_version, placements, flag, compute, amp, (*reasons, *said), cut)
 
 
@@ -230,14 +229,14 @@ def shardable(tensor: TensorInfo) -> bool:
 
 def _copies(inventory: Inventory) -> set[str]:
     """Names of the parameters of modules that are trained in place of the base's."""
-    copies = copied_modules(inventory.walked.modules)
+    copies = copied_modules(inventory.walked.by_class)
     return inventory.names_of(parameter for module in copies for parameter in module.parameters()) if copies else set()
 
 
 def _roots(model: nn.Module, walked: Walk, units: Iterable[str] | None) -> list[str]:
     """Names of the modules that become FSDP units, the root aside; nested ones are listed too."""
     classes = set(units if units is not None else getattr(model, "_no_split_modules", None) or ())
-    return [name for name, _ in walked.named(lambda module: type(module).__name__ in classes)] if classes else []
+    return [name for name, _ in walked.named(of_class(walked.by_class, lambda kind: kind.__name__ in classes))]
 
 
 def _homes(tensors: list[TensorInfo], further: dict[str, list[str]], roots: list[str]) -> dict[str, set[str]]:
@@ -260,8 +259,10 @@ def shared_by_units(tensors: list[TensorInfo], roots: list[str]) -> dict[str, st
     shared = {}
     known = set(roots)
     for tensor in tensors:
+        if len(tensor.names) == 1 or tensor.kind != "parameter" or tensor.role == ADAPTER:
+            continue
         units = sorted({expecting.nearest(name, known) for name in tensor.names})
-        if len(units) > 1 and tensor.kind == "parameter" and tensor.role != ADAPTER:
+        if len(units) > 1:
             shared[tensor.name] = f"shared by {len(units)} units, such as {units[0] or 'the root'} and {units[1]}"
     return shared
 

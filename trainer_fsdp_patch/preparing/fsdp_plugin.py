@@ -252,7 +252,7 @@ def _wrap_policy(prepared: Prepared, plugin: FullyShardedDataParallelPlugin) -> 
     sharded = {id(parameter) for name, parameter in named if canonical(name) in wanted}
     own = frozenset(
         id(module)
-        for module in tuning.copied_modules(model.modules())
+        for module in tuning.copied_modules(tuning.by_class(model.modules()))
         if any(id(parameter) in sharded for parameter in module.parameters())
     )
     plugin.auto_wrap_policy = functools.partial(_or_own, policy=plugin.auto_wrap_policy, own=own)
