@@ -146,10 +146,8 @@ def named_tensors(model: nn.Module) -> Iterator[Slot]:
 
 
 def _slots(walked: walk.Walk) -> Iterator[Slot]:
-    for name, module, owned in zip(walked.names, walked.modules, walked.owned, strict=True):
-        # Most modules have no tensor of their own.
-        if not (module._parameters or module._buffers):
-            continue
+    for place in walked.holders:
+        name, module, owned = walked.names[place], walked.modules[place], walked.owned[place]
         prefix = f"{name}." if name else ""
         for kind, slots in (("parameter", module._parameters), ("buffer", module._buffers)):
             for key, tensor in slots.items():
@@ -274,10 +272,12 @@ def _role(slot: Slot, owned: bool, packed: bool) -> str:
 
 def _entry(slots: list[Slot], packed: bool) -> TensorInfo:
     first, tensor = slots[0], slots[0].tensor
-    owned = all(slot.owned for slot in slots)
+    # Nearly all tensors have one slot, and generators over it would take as long as all else.
+    alone = len(slots) == 1
+    owned = first.owned if alone else all(slot.owned for slot in slots)
     return TensorInfo(
         name=first.name,
-        names=tuple(slot.name for slot in slots),
+        names=(first.name,) if alone else tuple(slot.name for slot in slots),
         kind=first.kind,
         role=_role(first, owned, packed),
         module=first.name.rpartition(".")[0],
@@ -286,5 +286,5 @@ def _entry(slots: list[Slot], packed: bool) -> TensorInfo:
         nbytes=nbytes_of(tensor),
         trainable=bool(tensor.requires_grad),
         owned=owned,
-        persistent=any(slot.persistent for slot in slots),
+        persistent=first.persistent if alone else any(slot.persistent for slot in slots),
     )

@@ -28,6 +28,8 @@ class Walk:
         owned: whether their own tensors are the adapter's.
         places: of the modules in these lists, by identity.
         parents: places of the modules that they were reached from; that of the model itself is -1.
+        holders: places of the modules that hold tensors themselves.
+        by_class: the modules of each class.
         again: names by which modules are reached once more, the modules, and the places of their parents.
     """
 
@@ -36,14 +38,16 @@ class Walk:
         self.names: list[str] = []
         self.owned: list[bool] = []
         self.parents: list[int] = []
+        self.holders: list[int] = []
+        self.by_class: tuning.ByClass = {}
         self.again: list[tuple[str, nn.Module, int]] = []
         self.places: dict[int, int] = {}
         of_base: deque[tuple[str, nn.Module, int]] = deque([("", model, -1)])
         of_adapter: deque[tuple[str, nn.Module, int]] = deque()
+        place = 0
         while of_base or of_adapter:
             owned = not of_base
             name, module, parent = found = (of_adapter if owned else of_base).popleft()
-            place = len(self.modules)
             if self.places.setdefault(id(module), place) != place:
                 self.again.append(found)
                 continue
@@ -52,15 +56,16 @@ class Walk:
             self.names.append(name)
             self.owned.append(owned or base is not None)
             self.parents.append(parent)
+            self.by_class.setdefault(type(module), []).append(module)
+            if module._parameters or module._buffers:
+                self.holders.append(place)
+            prefix = f"{name}." if name else ""
             for key, child in module._modules.items():
                 if child is not None:
                     inside = owned if base is None else key != base
-                    (of_adapter if inside else of_base).append((_join(name, key), child, place))
-
-    @functools.cached_property
-    def by_class(self) -> tuning.ByClass:
-        """The modules of each class."""
-        return tuning.by_class(self.modules)
+                    below = name if key in WRAPPERS else prefix + key
+                    (of_adapter if inside else of_base).append((below, child, place))
+            place += 1
 
     @functools.cached_property
     def further(self) -> list[Named]:
@@ -70,7 +75,9 @@ class Walk:
         while pending:
             name, module = pending.pop()
             found.append((name, module))
-            pending += [(_join(name, key), child) for key, child in module._modules.items() if child is not None]
+            for key, child in module._modules.items():
+                if child is not None:
+                    pending.append((name if key in WRAPPERS else f"{name}.{key}".lstrip("."), child))
         return found
 
     def named(self, wanted: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
@@ -131,10 +138,3 @@ def below(module: nn.Module) -> Iterator[nn.Module]:
                 seen.add(id(child))
                 pending.append(child)
                 yield child
-
-
-def _join(name: str, key: str) -> str:
-    """Canonical name of a child. A wrapper's child has the name of the wrapper."""
-    if key in WRAPPERS:
-        return name
-    return f"{name}.{key}" if name else key
