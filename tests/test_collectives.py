@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trainer_fsdp_patch import bits, collectives
+from trainer_fsdp_patch import agreement, bits, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome
@@ -79,7 +79,7 @@ def test_broadcast_gives_rank_0s_bits_and_keeps_the_objects() -> None:
         ]
         objects = [id(tensor) for tensor in tensors]
         collectives.broadcast(tensors)
-        collectives.compare(["a", "b", "c"], tensors, "here")
+        agreement.compare(["a", "b", "c"], tensors, "here")
         assert [id(tensor) for tensor in tensors] == objects
         return tensors[1].tolist()
 
@@ -90,7 +90,7 @@ def test_a_difference_is_named_on_all_ranks() -> None:
     def work(rank: int) -> Any:
         swapped = torch.tensor([1.0, 2.0] if rank else [2.0, 1.0])
         try:
-            collectives.compare(["same", "swapped"], [torch.ones(2), swapped], "before saving")
+            agreement.compare(["same", "swapped"], [torch.ones(2), swapped], "before saving")
         except AdapterError as error:
             return error.tensor, str(error)
         return None

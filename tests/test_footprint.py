@@ -14,9 +14,9 @@ from cells import METHODS, Bench, Setup
 from faults import FLAVOURS, fsdp2, packed, where
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.inspecting import beyond, units
+from trainer_fsdp_patch.inspecting import units
 from trainer_fsdp_patch.inspecting.footprint import Footprint
-from trainer_fsdp_patch.testing import case, forks, releases, trial
+from trainer_fsdp_patch.testing import beyond, case, forks, releases, trial
 
 RECORD = {(row["method"], row["fsdp"]): row for row in json.loads(footprints.DATA.read_text())}
 SAMPLE = ["vera", "lora", "t5 vera", "llama_tied lora_tokens", "lora_replicated"]

@@ -11,18 +11,18 @@ from cells import METHODS, Bench, Setup
 from faults import FLAVOURS
 from test_plan import llama
 
-from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.inspecting import inventory, walk
 from trainer_fsdp_patch.testing import forks, trial
 from trainer_fsdp_patch.testing.case import Outcome
 
 
 def counted(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
-    """How often all tensors of the model were looked for until its first forward."""
+    """How often the model was walked until its first forward."""
     from transformers import TrainerCallback
 
-    upstream, calls, extra = inventory.named_tensors, [], {}
+    upstream, calls, extra = walk.take, [], {}
 
-    def named_tensors(model: Any) -> Any:
+    def take(model: Any) -> Any:
         calls.append(model)
         return upstream(model)
 
@@ -33,7 +33,7 @@ def counted(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
     given = trial.enter(setup, folder, 2, patched=True)
     from transformers import Trainer
 
-    inventory.named_tensors = named_tensors
+    walk.take = take
     model = METHODS["lora"](trial.load_base(base, setup))
     Trainer(model=model, args=given, train_dataset=trial.dataset(12), callbacks=[AtTheFirstStep()]).train()
     return Outcome(extra=extra)

@@ -28,7 +28,8 @@ DOOR = {"__init__", "__main__", "cli", "gates"}
 """Modules that open the rooms to users and to patches; no room imports them."""
 
 TAGS = {
-    "inspecting/inventory.py": ["peft 0.15", "torch 2.5"],
+    "inspecting/inventory.py": ["torch 2.5"],
+    "inspecting/tuning.py": ["peft 0.15"],
     "planning/budget.py": ["accelerate 1.15", "torch 2.13"],
     "preparing/fsdp2.py": ["torch 2.7"],
     "preparing/fsdp_plugin.py": ["accelerate 1.6", "accelerate 1.0", "accelerate 1.0"],

@@ -1,20 +1,18 @@
-"""Keeps replicated tensors equal on all ranks: broadcast, comparison, averaging of gradients."""
+"""Keeps replicated tensors equal on all ranks: broadcast, and averaging of gradients."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from trainer_fsdp_patch import bits
 from trainer_fsdp_patch.errors import AdapterError, RankError
 
 if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import ProcessGroup, Store
 
-Value = TypeVar("Value")
 TensorType = TypeVar("TensorType", bound="torch.Tensor")
 
 _FAILURE = "trainer_fsdp_patch/failure"
@@ -214,81 +212,6 @@ def average_gradients(parameters: Sequence[torch.Tensor], groups: Sequence[Proce
         for parameter, gradient, anywhere in zip(bucket, gradients, used, strict=True):
             parameter.grad = gradient if anywhere else None
     return collectives
-
-
-def compare(names: Sequence[str], tensors: Sequence[torch.Tensor], when: str) -> None:
-    """Raise on all ranks where a replicated tensor does not have the same bits everywhere.
-
-    Args:
-        names: canonical names, for the message.
-        tensors: in the same order on all ranks.
-        when: such as "before saving".
-
-    Raises:
-        AdapterError: names the first tensor that differs.
-    """
-    import torch
-    import torch.distributed as dist
-
-    if not tensors or dist.get_world_size() == 1:
-        return
-    # All are equal where the smallest equals the largest. Two reductions take as many bytes on any number of ranks.
-    prints = torch.stack([bits.fingerprint(tensor) for tensor in tensors])
-    low, high = prints.clone(), prints
-    with collective(f"comparison of the adapter {when}"):
-        dist.all_reduce(low, op=dist.ReduceOp.MIN)
-        dist.all_reduce(high, op=dist.ReduceOp.MAX)
-    differing = (low != high).any(dim=1).nonzero().flatten().tolist()
-    if differing:
-        name = names[differing[0]]
-        raise AdapterError(
-            name,
-            f"its bits differ between ranks {when}, as do those of {len(differing) - 1} more of {len(names)} tensors",
-            "Each rank trains an adapter of its own and one of them would be saved",
-            "Step the optimizer on all ranks alike and call backward through the Trainer or Accelerator",
-            tensor=name,
-        )
-
-
-def all_gather_object(value: Value, what: str) -> list[Value]:
-    """A value of each rank, which all ranks get.
-
-    Args:
-        value: this rank's; it is pickled.
-        what: for the error.
-
-    Raises:
-        RankError: another rank has ended.
-    """
-    import torch.distributed as dist
-
-    # torch writes over each of the places.
-    values = [value] * dist.get_world_size()
-    with collective(what):
-        dist.all_gather_object(values, value)
-    return values
-
-
-def first_difference(items: Mapping[str, object], what: str) -> tuple[str, int, object, object] | None:
-    """The first of some named values that is another one, or "absent", on some rank.
-
-    Args:
-        items: this rank's; they are pickled.
-        what: for the error.
-
-    Returns:
-        Its name, that rank, and the values on rank 0 and there; None where all are alike.
-
-    Raises:
-        RankError: another rank has ended.
-    """
-    first, *others = all_gather_object(items, what)
-    for rank, other in enumerate(others, 1):
-        for name in (*first, *other):
-            here, there = first.get(name, "absent"), other.get(name, "absent")
-            if here != there:
-                return name, rank, here, there
-    return None
 
 
 def any_rank(flag: bool, device: torch.device, what: str) -> bool:

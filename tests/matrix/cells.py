@@ -33,9 +33,8 @@ with warnings.catch_warnings():
     from methods import METHODS, ON_ARCHITECTURES, ON_LLAMA
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.inspecting import beyond
 from trainer_fsdp_patch.inspecting.footprint import Footprint
-from trainer_fsdp_patch.testing import check, trial
+from trainer_fsdp_patch.testing import beyond, check, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup, Verdict
 
 check.import_targets()

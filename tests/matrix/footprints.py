@@ -18,8 +18,7 @@ from pathlib import Path
 import architectures
 from cells import METHODS, SIDES, Bench, Row, Setup, beside, has, numbers
 
-from trainer_fsdp_patch.inspecting import beyond
-from trainer_fsdp_patch.testing import forks, trial
+from trainer_fsdp_patch.testing import beyond, forks, trial
 
 DATA = Path(__file__).parent.parent / "data" / "footprints.json"
 NAMES = ("units", "rest", "base", "replicated", "gathered", "collectives")

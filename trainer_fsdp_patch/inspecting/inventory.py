@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer_fsdp_patch.names import canonical
+from trainer_fsdp_patch.inspecting import walk
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -143,86 +142,17 @@ def named_tensors(model: nn.Module) -> Iterator[Slot]:
     A tensor that several modules share comes once for each module object. A module that is a child of several others
     comes once, under its first name.
     """
-    seen = set()
-    # What the base reaches comes first: an adapter may refer to a base module, as prompt learning does to embeddings.
-    pending: dict[bool, deque[tuple[str, nn.Module]]] = {False: deque([("", model)]), True: deque()}
-    while pending[False] or pending[True]:
-        owned = not pending[False]
-        prefix, module = pending[owned].popleft()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        base = _base_child(module)
+    return _slots(walk.take(model))
+
+
+def _slots(walked: walk.Walk) -> Iterator[Slot]:
+    for place in walked.holders:
+        name, module, owned = walked.names[place], walked.modules[place], walked.owned[place]
+        prefix = f"{name}." if name else ""
         for kind, slots in (("parameter", module._parameters), ("buffer", module._buffers)):
             for key, tensor in slots.items():
                 if tensor is not None:
-                    name = canonical(f"{prefix}.{key}".lstrip("."))
-                    yield Slot(name, kind, key, module, tensor, owned or base is not None)
-        for key, child in module._modules.items():
-            if child is not None:
-                inside = owned if base is None else key != base
-                pending[inside].append((f"{prefix}.{key}".lstrip("."), child))
-
-
-def _base_child(module: nn.Module) -> str | None:
-    """Child through which a PEFT container reaches the base model; all else in it is the adapter's."""
-    base = next((child for container, child in _containers() if isinstance(module, container)), None)
-    if base is not None and base not in module._modules:
-        # X-LoRA keeps the tuner that it builds on where others keep the base.
-        tuner = _containers()[1][0]
-        base = next((key for key, child in module._modules.items() if isinstance(child, tuner)), base)
-    return base
-
-
-@functools.cache
-def _containers() -> tuple[tuple[type, str], ...]:
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-    from peft.utils import other
-
-    # until peft 0.15: there is the second class alone
-    auxiliary = getattr(other, "AuxiliaryTrainingWrapper", None) or other.ModulesToSaveWrapper
-    return (
-        (PeftModel, "base_model"),
-        (BaseTuner, "model"),
-        (BaseTunerLayer, "base_layer"),
-        (auxiliary, "original_module"),
-    )
-
-
-def copied_modules(model: nn.Module) -> list[nn.Module]:
-    """Full modules that are trained in place of the base's, as modules_to_save has them."""
-    wrappers = filter(is_wrapper, model.modules())
-    return [copy for module in wrappers for copy in getattr(module, "modules_to_save", {}).values()]
-
-
-def tuners(model: nn.Module) -> set[nn.Module]:
-    """PEFT's tuners in a model: what its models have as base_model, or stand around the base without one."""
-    from peft.tuners.tuners_utils import BaseTuner
-
-    modules = list(model.modules())
-    tuners = {item for item in modules if isinstance(item, BaseTuner)}
-    bases = (item._modules.get("base_model") for item in modules if _of_peft(item))
-    return tuners | {base for base in bases if base is not None}
-
-
-def is_adapted(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's that works with a layer of the base. No model, wrapper or container is."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    containers = tuple(container for container, child in _containers() if child != "base_layer")
-    if isinstance(module, containers) or "base_model" in module._modules:
-        return False
-    return _of_peft(module) or isinstance(module, BaseTunerLayer)
-
-
-def _of_peft(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("peft.")
-
-
-def is_wrapper(module: nn.Module) -> bool:
-    """Whether a module is PEFT's copy-and-train wrapper around a base module, as modules_to_save makes."""
-    return isinstance(module, _containers()[-1][0])
+                    yield Slot(f"{prefix}{key}", kind, key, module, tensor, owned)
 
 
 @functools.cache
@@ -243,9 +173,17 @@ def is_quantized(tensor: torch.Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
+@functools.cache
+def _plain() -> tuple[type, ...]:
+    import torch
+
+    return torch.Tensor, torch.nn.Parameter
+
+
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Tensors that a tensor subclass keeps in place of plain numbers."""
-    data = tensor.data
+    # Most tensors are of the plain classes, and have nothing inside.
+    data = tensor if type(tensor) in _plain() else tensor.data
     return [getattr(data, name) for name in inner_names(data)]
 
 
@@ -253,7 +191,8 @@ def inner_names(tensor: torch.Tensor) -> tuple[str, ...]:
     """Attributes of the tensors that a tensor subclass is made of; FSDP's own class is none of these."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-    if isinstance(tensor, dtensor()) or not is_traceable_wrapper_subclass(tensor):
+    plain = type(tensor) in _plain() or isinstance(tensor, dtensor())
+    if plain or not is_traceable_wrapper_subclass(tensor):
         return ()
     return tuple(tensor.__tensor_flatten__()[0])
 
@@ -270,9 +209,11 @@ class Inventory(NamedTuple):
 
     Attributes:
         slots: all that hold a tensor, breadth first.
+        walked: the modules.
     """
 
     slots: tuple[Slot, ...]
+    walked: walk.Walk
 
     def tensors(self) -> list[TensorInfo]:
         """One entry for each distinct tensor, in the order of the slots."""
@@ -295,9 +236,19 @@ class Inventory(NamedTuple):
         wanted = set(map(id, tensors))
         return {slot.name for slot in self.slots if id(slot.tensor) in wanted}
 
+    def further_names(self) -> dict[str, list[str]]:
+        """More names of parameters, in modules that are children of several others, by first canonical name."""
+        more: dict[int, list[str]] = {}
+        for name, module in self.walked.further:
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    more.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+        firsts = {id(slot.tensor): slot.name for slot in reversed(self.slots)} if more else {}
+        return {firsts[key]: names for key, names in more.items()}
+
     def reread(self) -> Inventory:
         """The same slots with the tensors that they hold now, after moves that may have replaced objects."""
-        return Inventory(tuple(slot._replace(tensor=slot.holder[slot.key]) for slot in self.slots))
+        return self._replace(slots=tuple(slot._replace(tensor=slot.holder[slot.key]) for slot in self.slots))
 
 
 def take(model: nn.Module) -> Inventory:
@@ -306,7 +257,13 @@ def take(model: nn.Module) -> Inventory:
     Args:
         model: any `torch.nn.Module`; meta tensors and wrapped models will do.
     """
-    return Inventory(tuple(named_tensors(model)))
+    walked = walk.take(model)
+    return Inventory(tuple(_slots(walked)), walked)
+
+
+@functools.cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _role(slot: Slot, owned: bool, packed: bool) -> str:
@@ -319,17 +276,19 @@ def _role(slot: Slot, owned: bool, packed: bool) -> str:
 
 def _entry(slots: list[Slot], packed: bool) -> TensorInfo:
     first, tensor = slots[0], slots[0].tensor
-    owned = all(slot.owned for slot in slots)
+    # Nearly all tensors have one slot, and generators over it would take as long as all else.
+    alone = len(slots) == 1
+    owned = first.owned if alone else all(slot.owned for slot in slots)
     return TensorInfo(
         name=first.name,
-        names=tuple(slot.name for slot in slots),
+        names=(first.name,) if alone else tuple(slot.name for slot in slots),
         kind=first.kind,
         role=_role(first, owned, packed),
         module=first.name.rpartition(".")[0],
         shape=tuple(tensor.shape),
-        dtype=type(tensor.data).__name__ if _parts(tensor) else str(tensor.dtype).removeprefix("torch."),
+        dtype=type(tensor.data).__name__ if _parts(tensor) else _name_of(tensor.dtype),
         nbytes=nbytes_of(tensor),
         trainable=bool(tensor.requires_grad),
         owned=owned,
-        persistent=any(slot.persistent for slot in slots),
+        persistent=first.persistent if alone else any(slot.persistent for slot in slots),
     )

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.inspecting import tuning, walk
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,7 +59,7 @@ def cannot_be_unit(model: nn.Module, ignored: Collection[int] = ()) -> Callable[
     return lambda module: id(module) in within or reaches_outside([module], shared)
 
 
-def parts(model: nn.Module) -> set[int]:
+def parts(model: nn.Module, walked: walk.Walk | None = None, among: Collection[nn.Module] = ()) -> set[int]:
     """Modules that work as a part of a unit only, by identity.
 
     Adapters read what is below the layer that they adapt outside its forward. Around a block they hand on more than
@@ -68,21 +68,24 @@ def parts(model: nn.Module) -> set[int]:
 
     Args:
         model: before FSDP takes it.
+        walked: its modules, where they were walked already.
+        among: those that are asked for; all where no walk is given.
     """
     from transformers import PreTrainedModel
 
+    modules = tuning.by_class(model.modules()) if walked is None else walked.by_class
+    tuners = tuning.tuners(modules)
+    if walked is not None:
+        modules = tuning.by_class({*among, *(above for item in among for above in walked.above(item))})
+    whole = tuning.of_class(modules, lambda kind: issubclass(kind, PreTrainedModel))
+    within = {id(item) for item in (*tuners, *whole)}
     blocks = set(getattr(model, "_no_split_modules", None) or ())
-    tuners = inventory.tuners(model)
-    within = {id(item) for item in tuners}
-    for module in model.modules():
-        adapted = module not in tuners and inventory.is_adapted(module)
+    for module in tuning.adapted(modules):
         inside = getattr(module, "base_layer", None)
         # Activation checkpointing has put its wrapper around the block by then.
         around = type(getattr(inside, "_checkpoint_wrapped_module", inside)).__name__ in blocks
-        if isinstance(module, PreTrainedModel) or (adapted and around):
-            within.add(id(module))
-        elif adapted:
-            within.update(id(item) for item in module.modules() if item is not module)
+        if module not in tuners and not isinstance(module, PreTrainedModel):
+            within.update([id(module)] if around else map(id, walk.below(module)))
     return within
 
 

@@ -96,12 +96,11 @@ def choose_sharded(
     share = sum(item.nbytes for item in tensors if item.role in (BASE, QUANTIZED) and item.kind == "parameter") // ranks
     budget = max(FLOOR, share) if asked.adapter_budget is None else asked.adapter_budget
     total = sum(map(cost, trained))
-    able = sorted((item for item in trained if item.name not in barred), key=cost, reverse=True)
     chosen: dict[str, str] = {}
     if asked.adapter_placement == "replicate" or (asked.adapter_placement == "auto" and total <= budget):
         return chosen, ()
     left = total
-    for tensor in able:
+    for tensor in sorted((item for item in trained if item.name not in barred), key=cost, reverse=True):
         if asked.adapter_placement == "auto" and left <= budget:
             break
         left -= cost(tensor)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Container, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.bits import SIZES
 from trainer_fsdp_patch.inspecting.footprint import Footprint
 from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, TensorInfo
 from trainer_fsdp_patch.inspecting.units import parts
-from trainer_fsdp_patch.names import canonical
+from trainer_fsdp_patch.inspecting.walk import Walk
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,62 +23,69 @@ Units = tuple[tuple[str, tuple[str, ...]], ...]
 """Name of each unit's module, and canonical names of what it shards. The first is the root, which may have none."""
 
 
-def units(model: nn.Module, tensors: Iterable[str], names: list[str], fsdp_version: int) -> Units:
+def units(
+    model: nn.Module, walked: Walk, tensors: Mapping[str, Collection[str]], names: list[str], fsdp_version: int
+) -> Units | None:
     """The units that FSDP will have, by the rules of a wrap policy of classes.
 
     Args:
         model: before FSDP takes it.
-        tensors: canonical names of what FSDP shards.
+        walked: its modules.
+        tensors: canonical names of what FSDP shards, with all names of each.
         names: of the modules that the policy takes, as `named_modules` has them.
         fsdp_version: 1 or 2; accelerate gives the second more units than the policy names.
+
+    Returns:
+        None where the policy takes none.
     """
-    together = dict.fromkeys(names)
-    homes = {name: name for name in together}
-    for group in _carved(model, set(names)) if fsdp_version == 2 else ():
+    if not names:
+        return None
+    homes = {name: name for name in names}
+    for group in _carved(model, walked, set(names)) if fsdp_version == 2 else ():
         homes |= dict.fromkeys(group, group[0])
     sharded: dict[str, list[str]] = {"": []}
-    slots = _slots(model)
-    for tensor in tensors:
-        nearest = {_nearest(name, homes) for name in slots.get(tensor, [tensor])}
+    for tensor, known_as in tensors.items():
+        units = {homes.get(nearest(name, homes), "") for name in known_as}
         # What several units name is in the root, or FSDP would own it twice.
-        home = nearest.pop() if len(nearest) == 1 else ""
+        home = units.pop() if len(units) == 1 else ""
         sharded.setdefault(home, []).append(tensor)
     return tuple((home, tuple(held)) for home, held in sharded.items())
 
 
-def _slots(model: nn.Module) -> dict[str, list[str]]:
-    """All canonical names of each parameter, by each of them."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(canonical(name))
-    return {name: together for together in names.values() for name in together}
+def nearest(name: str, modules: Container[str]) -> str:
+    """The innermost of some modules that a tensor is in, by name; "" where it is in none.
+
+    Args:
+        name: of the tensor.
+        modules: canonical names.
+    """
+    while name:
+        name = name.rpartition(".")[0]
+        if name in modules:
+            return name
+    return ""
 
 
-def _nearest(name: str, homes: dict[str, str]) -> str:
-    within = max((module for module in homes if name.startswith(f"{module}.")), key=len, default="")
-    return homes.get(within, "")
-
-
-def _carved(model: nn.Module, names: set[str]) -> Iterator[list[str]]:
+def _carved(model: nn.Module, walked: Walk, names: set[str]) -> Iterator[list[str]]:
     """Modules that accelerate makes FSDP2 units next to the policy's: the embeddings, and the last norm and head."""
     from accelerate.utils import fsdp_utils
 
     find_norm = getattr(fsdp_utils, "_find_final_norm", None)
     if find_norm is None:
         return
-    known = {id(module): canonical(name) for name, module in model.named_modules()}
-    parents = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    within = parts(model)
     ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
     before, after = ([item] for item in ends)
     tail = [find_norm(model), *after]
+    named = walked.named(item for item in (*before, *tail) if item is not None)
+    known = {id(module): name for name, module in named}
+    within = parts(model, walked, [module for _, module in named])
     if _tied(*ends):
         before, tail = [], [*tail, *before]
     for group in (before, tail):
         able = [item for item in group if item is not None and id(item) in known and id(item) not in within]
         # What is inside of a unit is taken already, and what has two parents cannot be in one of them.
-        taken = [item for item in able if any(f"{known[id(item)]}.".startswith(f"{name}.") for name in names)]
-        if able and not taken and all(parents[id(item)] == 1 for item in able):
+        taken = [item for item in able if known[id(item)] in names or nearest(known[id(item)], names)]
+        if able and not taken and all(walked.parents_of(item) == 1 for item in able):
             yield [known[id(item)] for item in able]
 
 

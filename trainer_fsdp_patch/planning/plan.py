@@ -16,10 +16,10 @@ from trainer_fsdp_patch.inspecting.inventory import (
     QUANTIZED,
     Inventory,
     TensorInfo,
-    copied_modules,
     take,
 )
-from trainer_fsdp_patch.names import canonical
+from trainer_fsdp_patch.inspecting.tuning import copied_modules, of_class
+from trainer_fsdp_patch.inspecting.walk import Walk
 from trainer_fsdp_patch.planning import budget, expecting, packs
 
 if TYPE_CHECKING:
@@ -159,23 +159,25 @@ def make_plan(
     inventory = inventory or take(model)
     tensors = inventory.tensors()
     users = names_of(model, ignored_modules, inventory)
-    roots = _roots(model, units)
+    roots = _roots(model, inventory.walked, units)
 
     def odd_in(tensors: list[TensorInfo]) -> dict[str, str]:
         return odd_dtypes(tensors, roots) if fsdp_version == 1 else {}
 
     barred = users | set(shared_by_units(tensors, roots))
     compute, reasons = _param_dtype(tensors, users, amp, param_dtype)
-    within = packs.Asked(fsdp_version, compute, ranks, barred, lambda name: _unit(name, roots))
+    known = set(roots)
+    within = packs.Asked(fsdp_version, compute, ranks, barred, lambda name: expecting.nearest(name, known))
     tensors = packs.with_packed(tensors, inventory, within, odd_in)
     odd = odd_in(tensors)
     odd |= shared_by_units(tensors, roots)
+    further = inventory.further_names()
     asked = budget.Settings(
         adapter_placement or budget.settings.adapter_placement,
         budget.settings.adapter_budget if adapter_budget is None else adapter_budget,
     )
     budget.check_settings(asked.adapter_placement, asked.adapter_budget)
-    unable = budget.cannot_shard(tensors, fsdp_version, _homes(model, roots), _copies(model, inventory))
+    unable = budget.cannot_shard(tensors, fsdp_version, _homes(tensors, further, roots), _copies(inventory))
     unable |= dict.fromkeys(users, "it is ignored")
     if fsdp_version == 1 and use_orig_params is False:
         unsharded = unsharded or "use_orig_params=False hides its name"
@@ -194,9 +196,9 @@ def make_plan(
             setting="ignored_modules" if users else "fsdp",
         )
     flag = _orig_params(fsdp_version, use_orig_params)
-    parameters = [item for item in placements if item.tensor.kind == "parameter"]
-    held = [item.tensor.name for item in parameters if item.placement == SHARD]
-    cut = expecting.units(model, held, roots, fsdp_version) if roots else None
+    held = [item.tensor for item in placements if item.placement == SHARD and item.tensor.kind == "parameter"]
+    names = {tensor.name: (*tensor.names, *further.get(tensor.name, ())) for tensor in held}
+    cut = expecting.units(model, inventory.walked, names, roots, fsdp_version)
     return Plan(fsdp_version, placements, flag, compute, amp, (*reasons, *said), cut)
 
 
@@ -240,27 +242,26 @@ def shardable(tensor: TensorInfo) -> bool:
     return tensor.dtype in ("float32", "bfloat16", "float16")
 
 
-def _copies(model: nn.Module, inventory: Inventory) -> set[str]:
+def _copies(inventory: Inventory) -> set[str]:
     """Names of the parameters of modules that are trained in place of the base's."""
-    return inventory.names_of(parameter for module in copied_modules(model) for parameter in module.parameters())
+    copies = copied_modules(inventory.walked.by_class)
+    return inventory.names_of(parameter for module in copies for parameter in module.parameters()) if copies else set()
 
 
-def _roots(model: nn.Module, units: Iterable[str] | None) -> list[str]:
+def _roots(model: nn.Module, walked: Walk, units: Iterable[str] | None) -> list[str]:
     """Names of the modules that become FSDP units, the root aside; nested ones are listed too."""
     classes = set(units if units is not None else getattr(model, "_no_split_modules", None) or ())
-    return [canonical(name) for name, module in model.named_modules() if type(module).__name__ in classes]
+    return [name for name, _ in walked.named(of_class(walked.by_class, lambda kind: kind.__name__ in classes))]
 
 
-def _unit(name: str, roots: list[str]) -> str:
-    return max((root for root in roots if name.startswith(f"{root}.")), key=len, default="")
-
-
-def _homes(model: nn.Module, roots: list[str]) -> dict[str, set[str]]:
-    """The units that each parameter is reached in, by each of its names. A module may be a child of several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(canonical(name))
-    return {name: {_unit(other, roots) for other in together} for together in names.values() for name in together}
+def _homes(tensors: list[TensorInfo], further: dict[str, list[str]], roots: list[str]) -> dict[str, set[str]]:
+    """The units that each parameter is reached in, by its name. A module may be a child of several."""
+    known = set(roots)
+    return {
+        tensor.name: {expecting.nearest(name, known) for name in (*tensor.names, *further.get(tensor.name, ()))}
+        for tensor in tensors
+        if tensor.role == ADAPTER
+    }
 
 
 def shared_by_units(tensors: list[TensorInfo], roots: list[str]) -> dict[str, str]:
@@ -271,9 +272,12 @@ def shared_by_units(tensors: list[TensorInfo], roots: list[str]) -> dict[str, st
         roots: canonical names of the modules that become units.
     """
     shared = {}
+    known = set(roots)
     for tensor in tensors:
-        units = sorted({_unit(name, roots) for name in tensor.names})
-        if len(units) > 1 and tensor.kind == "parameter" and tensor.role != ADAPTER:
+        if len(tensor.names) == 1 or tensor.kind != "parameter" or tensor.role == ADAPTER:
+            continue
+        units = sorted({expecting.nearest(name, known) for name in tensor.names})
+        if len(units) > 1:
             shared[tensor.name] = f"shared by {len(units)} units, such as {units[0] or 'the root'} and {units[1]}"
     return shared
 
@@ -288,9 +292,10 @@ def odd_dtypes(tensors: list[TensorInfo], roots: list[str]) -> dict[str, str]:
         roots: canonical names of the modules that become units.
     """
     groups: dict[str, list[TensorInfo]] = {}
+    known = set(roots)
     for tensor in tensors:
         if tensor.kind == "parameter" and tensor.role in (BASE, QUANTIZED) and shardable(tensor):
-            groups.setdefault(_unit(tensor.name, roots), []).append(tensor)
+            groups.setdefault(expecting.nearest(tensor.name, known), []).append(tensor)
     odd = {}
     for unit, members in groups.items():
         sizes: Counter[str] = Counter()

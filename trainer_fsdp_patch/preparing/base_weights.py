@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import bits, collectives
+from trainer_fsdp_patch import agreement, bits, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared
@@ -36,7 +35,7 @@ def synchronize(prepared: Prepared, accelerator: Accelerator, taken: inventory.I
     if prepared.native or accelerator.num_processes == 1:
         return
     named = _frozen(prepared, taken, _is_broadcast_by_fsdp(prepared, accelerator))
-    _refuse_other_tensors(named)
+    _refuse_other_tensors(named, accelerator.device)
     differing = _differing([tensor for _, tensor in named], accelerator.device) if named else []
     for index in differing:
         tensor = named[index][1]
@@ -107,23 +106,21 @@ def _parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
                 pending.append((f"{prefix}.{key}", value))
 
 
-def _refuse_other_tensors(named: list[tuple[str, torch.Tensor]]) -> None:
-    """Refuse bases that have other tensors on one rank; the lists are exchanged only where they differ.
+def _refuse_other_tensors(named: list[tuple[str, torch.Tensor]], device: torch.device) -> None:
+    """Refuse bases that have other tensors on one rank.
 
     Raises:
         AdapterError: on all ranks, naming the first tensor.
     """
-    made = [f"{name}: {tensor.dtype} {list(tensor.shape)}" for name, tensor in named]
-    sums = collectives.all_gather_object(zlib.crc32("\n".join(made).encode()), _COMPARISON)
-    if len(set(sums)) == 1:
+    kinds = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in named}
+    difference = agreement.first_difference([kinds], device, _COMPARISON)
+    if difference is None:
         return
-    first, *others = map(set, collectives.all_gather_object(made, _COMPARISON))
-    rank, entry = next((rank, sorted(other ^ first)[0]) for rank, other in enumerate(others, 1) if other != first)
-    name, _, kind = entry.partition(": ")
-    side = "rank 0" if entry in first else f"rank {rank}"
+    name, rank, here, there = difference
+    sides = ("rank 0", f"rank {rank}") if here != "absent" else (f"rank {rank}", "rank 0")
     raise AdapterError(
         name,
-        f"{kind} on {side}, and not so on {f'rank {rank}' if entry in first else 'rank 0'}",
+        f"{here if here != 'absent' else there} on {sides[0]}, and not so on {sides[1]}",
         "FSDP would put one base together from different ones",
         "Load the same base model in the same way on every rank",
         tensor=name,
@@ -133,16 +130,10 @@ def _refuse_other_tensors(named: list[tuple[str, torch.Tensor]]) -> None:
 def _differing(tensors: list[torch.Tensor], device: torch.device) -> list[int]:
     """Places of the tensors whose bits are not the same on all ranks. Those on meta somewhere are FSDP's to fill."""
     import torch
-    import torch.distributed as dist
 
     # The first number says whether a rank has the tensor. Its smallest is zero where one has it on meta.
     absent, present = torch.zeros(3, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.int64, device=device)
-    high = torch.stack(
+    table = torch.stack(
         [absent if tensor.is_meta else torch.cat([present, bits.fingerprint(tensor).to(device)]) for tensor in tensors]
     )
-    low = high.clone()
-    with collectives.collective(_COMPARISON):
-        dist.all_reduce(low, op=dist.ReduceOp.MIN)
-        dist.all_reduce(high, op=dist.ReduceOp.MAX)
-    differing = (low != high).any(dim=1) & (low[:, 0] > 0)
-    return [int(index) for index in differing.nonzero().flatten()]
+    return agreement.differing_rows(table, _COMPARISON, lambda low, high: (low != high).any(dim=1) & (low[:, 0] > 0))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.errors import PlanError, warn
-from trainer_fsdp_patch.inspecting import inventory, units
+from trainer_fsdp_patch.inspecting import inventory, tuning, units
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared
@@ -252,7 +252,7 @@ def _wrap_policy(prepared: Prepared, plugin: FullyShardedDataParallelPlugin) -> 
     sharded = {id(parameter) for name, parameter in named if canonical(name) in wanted}
     own = frozenset(
         id(module)
-        for module in inventory.copied_modules(model)
+        for module in tuning.copied_modules(tuning.by_class(model.modules()))
         if any(id(parameter) in sharded for parameter in module.parameters())
     )
     plugin.auto_wrap_policy = functools.partial(_or_own, policy=plugin.auto_wrap_policy, own=own)

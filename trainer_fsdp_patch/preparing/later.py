@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import collectives
+from trainer_fsdp_patch import agreement, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.planning.prepared import Prepared
 from trainer_fsdp_patch.saving import adapter_state
@@ -25,7 +25,7 @@ def take_up(prepared: Prepared, device: torch.device) -> None:
         AdapterError: on all ranks, where one holds others.
     """
     tensors = prepared.later()
-    _agree({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
+    _agree({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, device)
     if not tensors:
         return
     for tensor in tensors.values():
@@ -37,8 +37,8 @@ def take_up(prepared: Prepared, device: torch.device) -> None:
     adapter_state.note_keys(prepared, adapter_state.keys(model, adapter_state.live(model, prepared)))
 
 
-def _agree(items: dict[str, object]) -> None:
-    difference = collectives.first_difference(items, "comparison of adapters that came later")
+def _agree(items: dict[str, object], device: torch.device) -> None:
+    difference = agreement.first_difference([items], device, "comparison of adapters that came later")
     if difference is not None:
         name, rank, *_ = difference
         raise AdapterError(

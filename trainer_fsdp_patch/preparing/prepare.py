@@ -6,7 +6,7 @@ import json
 import logging
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import collectives
+from trainer_fsdp_patch import agreement, collectives
 from trainer_fsdp_patch.errors import AdapterError, PlanError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.packing import choosing
@@ -90,7 +90,7 @@ def settle(accelerator: Accelerator, prepared: Prepared, taken: inventory.Invent
 
 def _settle(accelerator: Accelerator, prepared: Prepared, taken: inventory.Inventory) -> Prepared:
     model, plan = prepared.model(), prepared.plan
-    agree(prepared)
+    agree(prepared, accelerator.device)
     base_weights.synchronize(prepared, accelerator, taken)
     adapter_state.expect(model, prepared)
     materialize(prepared, accelerator.device, taken)
@@ -142,19 +142,23 @@ def data_parallel_groups(accelerator: Accelerator) -> list[ProcessGroup | None]:
     return [mesh[name].get_group() for name in parallelism.fsdp_dim_names]
 
 
-def agree(prepared: Prepared) -> None:
+def agree(prepared: Prepared, device: torch.device) -> None:
     """Compare the adapter's make-up across ranks before a tensor is moved.
 
+    Args:
+        prepared: the model's record.
+        device: of the collectives.
+
     Raises:
-        AdapterError: on all ranks, naming the first tensor or setting that differs.
+        AdapterError: on all ranks, naming the first setting that differs, or the first tensor.
     """
-    items: list[tuple[str, object]] = []
+    settings: dict[str, object] = {}
     for adapter, config in getattr(prepared.model(), "peft_config", {}).items():
         values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
-        items += [(f"peft_config[{adapter!r}].{key}", _plain(values[key])) for key in sorted({*values} - _LOCAL)]
+        settings |= {f"peft_config[{adapter!r}].{key}": _plain(values[key]) for key in {*values} - _LOCAL}
     tensors = [item.tensor for item in (*prepared.plan.ignored, *prepared.plan.sharded)]
-    items += [(tensor.name, (tensor.shape, tensor.dtype, tensor.role)) for tensor in tensors]
-    difference = collectives.first_difference(dict(items), "comparison of the adapter's make-up")
+    made = {tensor.name: (tensor.shape, tensor.dtype, tensor.role) for tensor in tensors}
+    difference = agreement.first_difference([settings, made], device, "comparison of the adapter's make-up")
     if difference is not None:
         name, rank, here, there = difference
         raise AdapterError(
@@ -208,7 +212,7 @@ def materialize(prepared: Prepared, device: torch.device, taken: inventory.Inven
             collectives.broadcast([full])
             slot.tensor.data.copy_(full)
     adapter = prepared.of_adapter()
-    collectives.compare(list(adapter), list(adapter.values()), "after the broadcast")
+    agreement.compare(list(adapter), list(adapter.values()), "after the broadcast")
 
 
 def _give_room(tensor: torch.Tensor, device: torch.device) -> None:

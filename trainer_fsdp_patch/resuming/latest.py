@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import collectives
+from trainer_fsdp_patch import agreement
 from trainer_fsdp_patch.errors import warn
 from trainer_fsdp_patch.files import reading, verify
 
@@ -63,7 +63,7 @@ def last_checkpoint(upstream: Callable[[str], str | None], folder: str) -> str |
             break
         skipped.append(f"{item.name} ({lacks[0]})")
         chosen = None
-    chosen, skipped = collectives.all_gather_object((chosen, skipped), "choice of a checkpoint")[0]
+    chosen, skipped = agreement.from_main((chosen, skipped), "choice of a checkpoint")
     if skipped:
         warn(
             str(folder),

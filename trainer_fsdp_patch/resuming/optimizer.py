@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trainer_fsdp_patch import collectives
+from trainer_fsdp_patch import agreement
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
@@ -60,7 +60,7 @@ def load_full(
     given = optim_state_dict or {}
     settings = [{k: v for k, v in group.items() if k != "params"} for group in given.get("param_groups", ())]
     stateless = not any(given.get("state", {}).values())
-    stateless, settings = collectives.all_gather_object((stateless, settings), "load of the optimizer")[0]
+    stateless, settings = agreement.from_main((stateless, settings), "load of the optimizer")
     if not stateless:
         load = functools.partial(_load_released, optimizers.load_state_dict)
         with shadowed(optimizers, load_state_dict=load):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import collectives
+from trainer_fsdp_patch import agreement, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.files import reading, verify
 from trainer_fsdp_patch.inspecting import inventory
@@ -207,10 +207,10 @@ def load(upstream: Callable[[], object], trainer: Trainer, folder: str) -> objec
     assert prepared is not None
     where = Path(folder)
     # What other machines' disks lack is not theirs to read.
-    lacks = verify.unfinished(where) if trainer.is_world_process_zero() else []
-    lacks = collectives.all_gather_object(lacks, "load of a checkpoint")[0]
+    lacks = verify.unfinished(where)[:1] if trainer.is_world_process_zero() else []
+    lacks = agreement.from_main(lacks, "load of a checkpoint")
     result = None
-    with _loading(prepared, trainer.model) as state:
+    with _loading(prepared, trainer.model, trainer.accelerator.device) as state:
         if lacks:
             state.failure = str(_refused(str(where), f"not complete: {lacks[0]}"))
         elif (where / reading.FSDP_FULL).is_file() and _below_compile(trainer.model, prepared):
@@ -249,7 +249,7 @@ def _of_files(model: nn.Module, prepared: Prepared, folder: Path) -> dict[str, t
 
 
 @contextlib.contextmanager
-def _loading(prepared: Prepared, model: nn.Module) -> Iterator[LoadState]:
+def _loading(prepared: Prepared, model: nn.Module, device: torch.device) -> Iterator[LoadState]:
     """Around a load: all ranks raise what one of them raised, or have what rank 0 has read."""
     state = LoadState(prepared)
     token = _LOADING.set(state)
@@ -262,13 +262,13 @@ def _loading(prepared: Prepared, model: nn.Module) -> Iterator[LoadState]:
         own, state.failure = error, f"{type(error).__name__}: {error}"
     finally:
         _LOADING.reset(token)
-    failures = collectives.all_gather_object(state.failure, "load of a checkpoint")
+    failed = agreement.first_failure(state.failure, device, "load of a checkpoint")
     if own is not None:
         raise own
-    if any(failures):
-        raise AdapterError(next(failure for failure in failures if failure))
+    if failed is not None:
+        raise AdapterError(failed[1])
     # until accelerate 1.9: a full FSDP2 checkpoint is read on rank 0 only
     adapter = prepared.of_adapter()
     collectives.broadcast(adapter.values())
-    collectives.compare(list(adapter), list(adapter.values()), "after a checkpoint was loaded")
+    agreement.compare(list(adapter), list(adapter.values()), "after a checkpoint was loaded")
     gathering.scatter(model, prepared, state.read)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import collectives
+from trainer_fsdp_patch import agreement, collectives
 from trainer_fsdp_patch.errors import AdapterError, warn
 from trainer_fsdp_patch.files import verify
 from trainer_fsdp_patch.inspecting import inventory
@@ -122,7 +122,7 @@ def _adapter(accelerator: Accelerator, model: nn.Module, prepared: Prepared) -> 
     peft writes them next to an adapter that targets or resizes them.
     """
     adapter = prepared.of_adapter()
-    collectives.compare(list(adapter), list(adapter.values()), "before saving")
+    agreement.compare(list(adapter), list(adapter.values()), "before saving")
     gathered = gathering.full_tensors(model, prepared)
     refuse_dead(adapter | gathered)
     liveness.of(prepared).warn_unmoved()

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
-from trainer_fsdp_patch import collectives, versions
+from trainer_fsdp_patch import agreement, collectives, versions
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
@@ -114,17 +114,14 @@ def scatter(model: nn.Module, prepared: Prepared, values: dict[str, torch.Tensor
     Args:
         model: as prepared by accelerate.
         prepared: its record.
-        values: by canonical name; what is absent on rank 0 stays as it is.
+        values: by canonical name; rank 0 has all that are sharded, or none.
     """
     import torch
 
-    wanted = collectives.all_gather_object(sorted(values), "load of a checkpoint")[0] if prepared.sharded_names else []
-    if not wanted:
+    if not prepared.sharded_names or not agreement.from_main(bool(values), "load of a checkpoint"):
         return
     with torch.no_grad(), _summoned(model, writeback=True):
         for name, tensor in _named(model, prepared):
-            if name not in wanted:
-                continue
             shard = cast("DTensor", tensor) if isinstance(tensor, inventory.dtensor()) else None
             local = tensor if shard is None else shard.to_local()
             value = torch.empty(tensor.shape, dtype=tensor.dtype, device=local.device)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from trainer_fsdp_patch import bits, collectives
+from trainer_fsdp_patch import agreement, bits, collectives
 from trainer_fsdp_patch.errors import AdapterError, warn
 from trainer_fsdp_patch.planning.prepared import any_prepared, prepared_by
 
@@ -166,15 +166,12 @@ def _agree(failure: Exception | None, device: torch.device) -> None:
     """One all-reduce where nobody has failed."""
     said = "" if failure is None else str(failure) or type(failure).__name__
     try:
-        if not collectives.any_rank(failure is not None, device, "save of the adapter"):
-            return
-        everyone = collectives.all_gather_object(said, "save of the adapter")
+        failed = agreement.first_failure(said, device, "save of the adapter")
     finally:
         # The first error wins. A rank that failed must not end with that of a collective that others have left.
         if failure is not None:
             raise failure
-    failed = [(rank, text) for rank, text in enumerate(everyone) if text]
-    if failed:
-        rank, text = failed[0]
+    if failed is not None:
+        rank, text = failed
         consequence, remedy = "This rank stops with it", "See the log of that rank"
         raise AdapterError(f"save on rank {rank}", text.rstrip("."), consequence, remedy)

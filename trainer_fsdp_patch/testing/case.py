@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch.inspecting import beyond
 from trainer_fsdp_patch.inspecting.footprint import Footprint
+from trainer_fsdp_patch.testing import beyond
 
 if TYPE_CHECKING:
     import torch
