@@ -165,6 +165,23 @@ def test_prepare_model_for_kbit_training(bench: Bench, tmp_path: Path, fsdp: int
     equals_one_process(bench, prepared, Setup(f"f{fsdp}-kbit", fsdp=fsdp, **FOUR), tmp_path)
 
 
+def trained(trainer: Any, folder: Path) -> dict[str, Any]:
+    trainer.train()
+    return {"losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("storage", ["uint8", "8bit"])
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_torch_compile(bench: Bench, fsdp: int, storage: str) -> None:
+    """Dynamo goes through FSDP1's hooks; what shows and hides layers is left alone by it."""
+    setup = Setup(f"f{fsdp}-{storage}", fsdp=fsdp, dtype="bfloat16", storage=storage)
+    scene = checkpoints.Scene(bench)
+    outcomes = scene.run(trained, setup, patched=True, torch_compile=True)
+    assert checkpoints.failure(outcomes) == "", outcomes[0].extra
+    assert outcomes[0].extra["losses"] == pytest.approx(scene.one(trained, setup).extra["losses"], rel=1e-3)
+
+
 @fsdp2
 @pytest.mark.parametrize("storage", ["uint8", "8bit"])
 def test_merging_in_a_fresh_process(bench: Bench, storage: str, tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_what_a_user_ignores_and_what_is_trained_is_not_packed() -> None:
     assert choosing.candidates(inventory.take(model), {"0.codes"}) == []
 
 
-WAYS = ["plain", "low", "half", "reentrant", "recomputed", "kept", "one"]
+WAYS = ["plain", "low", "half", "reentrant", "recomputed", "kept", "compiled", "one"]
 
 
 def keeps_its_bits(way: str, fsdp: int, use_orig_params: bool, packed_in: str, rank: int) -> Outcome:
@@ -248,6 +248,8 @@ def keeps_its_bits(way: str, fsdp: int, use_orig_params: bool, packed_in: str, r
     wrapped = _wrap(model, way, fsdp, use_orig_params, low)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
+    if way == "compiled":
+        wrapped = torch.compile(wrapped, backend="eager")
     for _ in range(3):
         wrapped(torch.randn(2, 16)).float().sum().backward()
         optimizer.step()

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from trainer_fsdp_patch.errors import AdapterError
@@ -55,6 +55,11 @@ class Packed:
     """
 
     def __init__(self, layer: nn.Module, name: str, shared: Collection[Range]) -> None:
+        from torch._compile import _disable_dynamo
+
+        # Dynamo goes through the hooks of FSDP1, and would read the attributes of stand-ins to guard them.
+        self.show: Callable[[torch.Tensor], None] = _disable_dynamo(functools.partial(self._show))
+        self.hide: Callable[[], None] = _disable_dynamo(functools.partial(self._hide))
         self._layer = weakref.ref(layer)
         self.name, self.shown = name, False
         self.moved: dict[str, str] = {}
@@ -126,7 +131,7 @@ class Packed:
         slots = (self.layer._parameters, self.layer._buffers)
         return Place(vars(self.layer), place.key) if any(place.holder is item for item in slots) else place
 
-    def show(self, stored: torch.Tensor) -> None:
+    def _show(self, stored: torch.Tensor) -> None:
         """Give the layer its tensors, as views of bytes that are gathered.
 
         Args:
@@ -167,7 +172,7 @@ class Packed:
         held.tensor.data = view
         return held.tensor
 
-    def hide(self) -> None:
+    def _hide(self) -> None:
         """Put stand-ins in the places of the layer's tensors, before FSDP frees their memory.
 
         Quantizers move tensors from one attribute to another, as 8-bit layers do in their first forward. So all of the
