@@ -1,4 +1,4 @@
-"""Seconds that a plan takes for models of the largest shapes; nothing of them is allocated.
+"""CPU seconds that a plan takes for models of the largest shapes; nothing of them is allocated.
 
     python benchmarks/planning.py [--repeat 3] [--layers 0] [--markdown]
 
@@ -98,11 +98,14 @@ def build(shape, layers=0):
 
 
 def timed(model):
-    """Seconds that one plan takes, without the collections of garbage that building has left."""
+    """Seconds of the processor that one plan takes, whatever else runs on the machine, in one thread.
+
+    Garbage that building has left is collected before.
+    """
     gc.collect()
-    start = time.perf_counter()
+    start = time.process_time()
     make_plan(model)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def allocated(model):

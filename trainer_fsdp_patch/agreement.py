@@ -13,6 +13,9 @@ Nothing gathers objects. These are all places where ranks exchange more than ten
 Where ranks differ the run ends, and more is sent to say why. `first_difference` halves the list of names with 32 bytes
 each time, and sends the values of one name. `differing_rows`, which `compare` asks, sends 32 or 48 bytes for each
 tensor; so it does where only some ranks have loaded the base. `first_failure` sends one text.
+
+`collectives.meet` is no collective. Ranks wait for a key of each other rank in torch's store, before a save by hand of
+sharded tensors and where a batch size is looked for.
 """
 
 from __future__ import annotations

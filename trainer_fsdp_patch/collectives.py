@@ -214,26 +214,6 @@ def average_gradients(parameters: Sequence[torch.Tensor], groups: Sequence[Proce
     return collectives
 
 
-def any_rank(flag: bool, device: torch.device, what: str) -> bool:
-    """Whether a flag is set on any rank.
-
-    Args:
-        flag: this rank's.
-        device: of the collectives.
-        what: for the error.
-
-    Raises:
-        RankError: another rank has ended.
-    """
-    import torch
-    import torch.distributed as dist
-
-    highest = torch.tensor(int(flag), device=device)
-    with collective(what):
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-    return bool(highest)
-
-
 def _buckets(tensors: Sequence[TensorType]) -> Iterator[list[TensorType]]:
     """Runs of one dtype and device, none above BUCKET_BYTES unless a single tensor is."""
     groups: dict[tuple[torch.dtype, torch.device], list[TensorType]] = {}

@@ -199,7 +199,8 @@ def inner_names(tensor: torch.Tensor) -> tuple[str, ...]:
 
 def nbytes_of(tensor: torch.Tensor) -> int:
     """Bytes of a tensor, or of those that a tensor subclass keeps in its place."""
-    return sum(map(nbytes_of, _parts(tensor))) or tensor.numel() * tensor.element_size()
+    parts = _parts(tensor)
+    return (sum(map(nbytes_of, parts)) if parts else 0) or tensor.numel() * tensor.element_size()
 
 
 class Inventory(NamedTuple):
