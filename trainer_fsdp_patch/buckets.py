@@ -26,7 +26,7 @@ KEPT_BYTES = 64 * 2**20
 A larger one would stand next to the gradients that the next backward pass makes.
 """
 
-_GRADIENT, _DTYPE = operator.attrgetter("grad"), operator.attrgetter("dtype")
+_GRADIENT = operator.attrgetter("grad")
 
 
 def split(tensors: Sequence[TensorType]) -> Iterator[list[TensorType]]:
@@ -70,6 +70,15 @@ class Bucket:
         self._flat: torch.Tensor | None = None
         self._views: list[torch.Tensor] = []
         self._untouched = (0, 0)
+        self._made, self._stale = (parameters[0].dtype, parameters[0].device, self.sizes[0]), False
+
+    def holds(self) -> bool:
+        """Whether the parameters are still of the dtype, the device and the size that the buffer was made for.
+
+        A cast or a move takes all of a model; of each bucket one parameter is looked at.
+        """
+        first = self.parameters[0]
+        return not self._stale and (first.dtype, first.device, first.numel()) == self._made
 
     def average(self, reduce: Callable[[torch.Tensor], None], ranks: int) -> torch.Tensor:
         """Average the gradients. Those that autograd made are views of the buffer then.
@@ -87,8 +96,6 @@ class Bucket:
             gradients = list(map(_GRADIENT, self.parameters))
             flat, views, elsewhere = self._room(gradients)
             missing = [place for place in elsewhere if gradients[place] is None]
-            for place in () if self._as_views else missing:
-                gradients[place] = torch.zeros_like(self.parameters[place])
             here = elsewhere if not missing else [place for place in elsewhere if gradients[place] is not None]
             if here:
                 torch._foreach_copy_([views[place] for place in here], [gradients[place] for place in here])
@@ -131,13 +138,20 @@ class Bucket:
         self, gradients: Sequence[torch.Tensor | None], views: Sequence[torch.Tensor], places: Sequence[int]
     ) -> None:
         """Give parameters their averages: as views, or in tensors that a user or another package has put there."""
+        import torch
+
         # Autograd's own gradients are no views. Whoever has put in a view reads what it is a view of.
         for place in places:
-            gradient = gradients[place]
-            if gradient is None or (self._as_views and not gradient._is_view()):
-                self.parameters[place].grad = views[place]
-            else:
-                self.parameters[place].grad = gradient.copy_(views[place])
+            parameter, gradient = self.parameters[place], gradients[place]
+            if not self._as_views or (gradient is not None and gradient._is_view()):
+                parameter.grad = (torch.zeros_like(parameter) if gradient is None else gradient).copy_(views[place])
+                continue
+            try:
+                parameter.grad = views[place]
+            except RuntimeError:
+                # Somebody has cast this one alone since the last average. The next one has new buffers.
+                self._stale = True
+                parameter.grad = views[place].to(parameter.dtype)
 
 
 class Buckets:
@@ -145,23 +159,16 @@ class Buckets:
 
     def __init__(self) -> None:
         self._parameters: list[torch.Tensor] = []
-        self._made: tuple[object, ...] = ()
         self._buckets: list[Bucket] = []
 
-    def of(self, parameters: Sequence[torch.Tensor]) -> Sequence[Bucket]:
-        """Buckets of these parameters: those of before, where nobody has replaced, cast, resized or moved any.
+    def of(self, parameters: list[torch.Tensor]) -> Sequence[Bucket]:
+        """Buckets of these parameters: those of before, where it is the same list of the same ones.
 
         Args:
             parameters: replicated ones, the same on all ranks and in the same order.
         """
-        import torch
-
-        devices = [bucket.parameters[0].device for bucket in self._buckets]
-        made = list(map(_DTYPE, parameters)), list(map(torch.Tensor.numel, parameters)), devices
-        alike = len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
-        if not alike or made != self._made:
-            self._parameters, self._buckets = list(parameters), [Bucket(bucket) for bucket in split(parameters)]
-            self._made = *made[:2], [bucket.parameters[0].device for bucket in self._buckets]
+        if parameters is not self._parameters or not all(bucket.holds() for bucket in self._buckets):
+            self._parameters, self._buckets = parameters, [Bucket(bucket) for bucket in split(parameters)]
         return self._buckets
 
 

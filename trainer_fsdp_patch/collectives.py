@@ -200,7 +200,7 @@ def average_gradients(
             for group in groups:
                 dist.all_reduce(flat, group=group)
 
-    used = (kept or buckets.Buckets()).of(parameters)
+    used = (kept or buckets.Buckets()).of(parameters if isinstance(parameters, list) else list(parameters))
     for bucket in used:
         averages = bucket.average(reduce, size)
         if see is not None:

@@ -29,7 +29,7 @@ _FIRST: weakref.WeakKeyDictionary[nn.Module, tuple[type, Callable[[], nn.Module 
 """Class of a model, and its first unit of FSDP, where it has one."""
 
 
-HOOKS = 256
+HOOKS = 128
 """Parameters that notice when they get a gradient; of more, as many are spread over all.
 
 Autograd takes a microsecond to call a hook. The model's outputs have hooks too, which see the usual pass.

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from trainer_fsdp_patch import buckets, collectives
+from trainer_fsdp_patch import buckets, casts, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical
@@ -86,6 +86,8 @@ def watch(prepared: Prepared, accelerator: Accelerator) -> None:
     synchronises = functools.partial(gradients.synchronises, owner, prepared.model)
     _STEPS[prepared] = Steps(gradients.Averaging(prepared.tensors, average, synchronises), trained)
     model.register_forward_hook(watch_outputs)
+    if accelerator.mixed_precision != "no":
+        casts.watch(model)
 
     def before(optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         planned = record()
@@ -136,6 +138,7 @@ def before_step(prepared: Prepared, optimizer: torch.optim.Optimizer) -> None:
     Raises:
         AdapterError: it steps a parameter of the model that no plan knows, or shards otherwise than full tensors.
     """
+    casts.forget()
     steps = _STEPS[prepared]
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     before, averages = steps.optimizers.get(optimizer, (-1, -1))
@@ -192,8 +195,10 @@ def watch_outputs(module: nn.Module, args: tuple[object, ...], output: object) -
     import torch
     from torch.utils import _pytree
 
-    compiling = getattr(torch.compiler, "is_compiling", lambda: False)()
-    if compiling or not torch.is_grad_enabled():
+    if getattr(torch.compiler, "is_compiling", lambda: False)():
+        return
+    casts.forget()
+    if not torch.is_grad_enabled():
         return
     prepared = prepared_for(module)
     averaging = None if prepared is None or prepared.model() is not module else averaging_of(prepared)
