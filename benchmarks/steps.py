@@ -1,7 +1,7 @@
 """What a training step costs: stock, patched, DDP, and one process without either, in one run on two CPU ranks.
 
     python benchmarks/steps.py [--methods LoRA VeRA QLoRA QVeRA] [--fsdp 1 2] [--budgets 0 25 50 100] [--repeat 3]
-                               [--steps 8] [--width 512] [--markdown] [--plot FILE]
+                               [--steps 8] [--width 512] [--keep FILE] [--markdown] [--plot FILE]
 
 Each round trains every side of every case in turn, so that all see the same machine. Shown are medians over the steps
 of all rounds, and the ratio to stock. The floor is one process with a rank's batch, alone on the machine. Counts come
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
 import platform
 import statistics
@@ -132,6 +133,14 @@ def rows(name: str, found: dict[tuple[int, str], dict[str, object]], fsdp: list[
     return lines
 
 
+def kept(path: Path, lines: list[list[str]]) -> list[list[str]]:
+    """These lines and those of a file, which gets them all."""
+    before = json.loads(path.read_text()) if path.exists() else []
+    merged = {(line[0], line[1]): line for line in (*before, *lines)}
+    path.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
+    return list(merged.values())
+
+
 def draw(lines: list[list[str]], path: str) -> None:
     """Bars of the milliseconds of a step, by case and side."""
     import matplotlib
@@ -163,12 +172,13 @@ def machine() -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--fsdp", type=int, nargs="+", choices=(1, 2), default=[1, 2])
     parser.add_argument("--budgets", type=int, nargs="*", default=[], help="percent of the base that stays gathered")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--keep", type=Path, help="lines of runs before, which those of this one replace or follow")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/measured.md")
     parser.add_argument("--plot", help="file of a picture")
     given = parser.parse_args()
@@ -181,6 +191,8 @@ def main() -> None:
         base(given.width).save_pretrained(saved)
         for name in given.methods:
             lines += rows(name, train(name, given, saved), given.fsdp)
+    if given.keep:
+        lines = kept(given.keep, lines)
     print(machine())
     if given.markdown:
         print("\n".join(f"| {' | '.join(cells)} |" for cells in (HEADS, ["---"] * len(HEADS), *lines)))

@@ -40,6 +40,7 @@ RUN_BY = {
     "trainer_fsdp_patch repair": "tests/test_verify.py",
     "trainer_fsdp_patch seams": "tests/test_seams.py",
     "benchmarks/adapter_step.py": "tests/test_benchmarks.py",
+    "benchmarks/steps.py": "tests/test_benchmarks.py",
     "examples/vera_text_classification.py": "tests/test_example.py",
     "tests/matrix/cells.py": "tests/test_matrix.py",
     "tests/matrix/footprints.py": "tests/test_footprint.py",
@@ -53,9 +54,11 @@ RUN_BY = {
 """What runs a command that is too long for the test of the pages, or the parts of it."""
 BY_HAND = (
     ".ci/run",
+    "benchmarks/hot_path.py",
     "benchmarks/import_cost.py",
     "benchmarks/one_process.py",
     "benchmarks/save.py",
+    "benchmarks/vera.py",
     "tests/matrix/picture.py",
 )
 """Commands that no test runs; only their arguments are held."""
