@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trainer_fsdp_patch import agreement, bits, collectives
+from trainer_fsdp_patch import agreement, bits, buckets, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome
@@ -59,7 +59,7 @@ def test_a_gradient_that_some_ranks_lack_counts_as_zero_and_one_that_all_lack_st
 
 
 def test_large_adapters_go_in_several_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives, "BUCKET_BYTES", 40)
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 40)
 
     def work(rank: int) -> Any:
         parameters = [torch.nn.Parameter(torch.zeros(4)) for _ in range(5)]

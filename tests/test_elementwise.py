@@ -14,9 +14,9 @@ from faults import FLAVOURS, packed, where
 
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.names import canonical
+from trainer_fsdp_patch.planning import elementwise
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome, compare
-from trainer_fsdp_patch.training import elementwise
 
 native = where("transformers>=5.15.dev0")
 HEAD = "base_model.model.lm_head.modules_to_save.default.weight"

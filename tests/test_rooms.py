@@ -28,6 +28,7 @@ DOOR = {"__init__", "__main__", "cli", "gates"}
 """Modules that open the rooms to users and to patches; no room imports them."""
 
 TAGS = {
+    "casts.py": ["torch 2.4"],
     "inspecting/inventory.py": ["torch 2.5"],
     "inspecting/tuning.py": ["peft 0.15"],
     "planning/budget.py": ["accelerate 1.15", "torch 2.13"],

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
+from trainer_fsdp_patch import buckets
 from trainer_fsdp_patch.errors import AdapterError, RankError
 
 if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import ProcessGroup, Store
 
-TensorType = TypeVar("TensorType", bound="torch.Tensor")
 
 _FAILURE = "trainer_fsdp_patch/failure"
 """Key of torch's store for the error of a rank that failed."""
@@ -26,9 +26,6 @@ _VISITS: Counter[str] = Counter()
 
 PATIENCE = 300.0
 """Seconds that a rank waits for the others before collectives that one rank alone may have asked for."""
-
-BUCKET_BYTES = 256 * 2**20
-"""Largest flat buffer that one all-reduce gets, in bytes; small adapters fit into one."""
 
 
 @contextlib.contextmanager
@@ -163,7 +160,7 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
     import torch
     import torch.distributed as dist
 
-    for bucket in _buckets([tensor.detach() for tensor in tensors]):
+    for bucket in buckets.split([tensor.detach() for tensor in tensors]):
         flat = _flatten(bucket)
         with collective("broadcast of the adapter"):
             dist.broadcast(flat, src=0)
@@ -171,8 +168,13 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def average_gradients(parameters: Sequence[torch.Tensor], groups: Sequence[ProcessGroup | None]) -> int:
-    """Average the gradients of replicated parameters over the data-parallel ranks, in place.
+def average_gradients(
+    parameters: Sequence[torch.Tensor],
+    groups: Sequence[ProcessGroup | None],
+    kept: buckets.Buckets | None = None,
+    see: Callable[[torch.Tensor], None] | None = None,
+) -> int:
+    """Average the gradients of replicated parameters over the data-parallel ranks.
 
     A parameter without a gradient on this rank counts as zero where another rank has one. So all ranks pass the same
     collectives, and step alike. Averages stay put when averaged again.
@@ -180,56 +182,29 @@ def average_gradients(parameters: Sequence[torch.Tensor], groups: Sequence[Proce
     Args:
         parameters: replicated parameters, the same on all ranks and in the same order.
         groups: process groups to average over, one after the other; `[None]` is the world.
+        kept: buffers of the averages before; None is none.
+        see: gets the averages of each buffer, flat.
 
     Returns:
         Number of collectives.
     """
-    import torch
     import torch.distributed as dist
 
-    collectives = 0
     size = 1
     for group in groups:
         size *= dist.get_world_size(group)
-    for bucket in _buckets(list(parameters)):
-        # A mask travels behind the gradients: one for each parameter that has a gradient here, else zero.
-        # After the sum it is above zero where any rank has one, so that one collective answers both questions.
-        # It has the dtype of the gradients. Sums of ones may round in bf16, but never down to zero.
-        present = [parameter.grad is not None for parameter in bucket]
-        gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in bucket]
-        flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), gradients[0].new_tensor(present)])
+
+    def reduce(flat: torch.Tensor) -> None:
         with collective("average of the adapter's gradients"):
             for group in groups:
                 dist.all_reduce(flat, group=group)
-        collectives += len(groups)
-        flat.div_(size)
-        *parts, count = torch.split(flat, [gradient.numel() for gradient in gradients] + [len(bucket)])
-        torch._foreach_copy_(
-            gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
-        )
-        # Reading the counts waits for the device, so only ranks that lack a gradient do it.
-        used = [True] * len(bucket) if all(present) else [share > 0 for share in count.tolist()]
-        for parameter, gradient, anywhere in zip(bucket, gradients, used, strict=True):
-            parameter.grad = gradient if anywhere else None
-    return collectives
 
-
-def _buckets(tensors: Sequence[TensorType]) -> Iterator[list[TensorType]]:
-    """Runs of one dtype and device, none above BUCKET_BYTES unless a single tensor is."""
-    groups: dict[tuple[torch.dtype, torch.device], list[TensorType]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for group in groups.values():
-        bucket: list[TensorType] = []
-        size = 0
-        for tensor in group:
-            nbytes = tensor.numel() * tensor.element_size()
-            if bucket and size + nbytes > BUCKET_BYTES:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(tensor)
-            size += nbytes
-        yield bucket
+    used = (kept or buckets.Buckets()).of(parameters if isinstance(parameters, list) else list(parameters))
+    for bucket in used:
+        averages = bucket.average(reduce, size)
+        if see is not None:
+            see(averages)
+    return len(used) * len(groups)
 
 
 def _flatten(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

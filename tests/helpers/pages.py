@@ -43,6 +43,7 @@ RUN_BY = {
     "benchmarks/planning.py": "tests/test_benchmarks.py",
     "benchmarks/quantized.py": "tests/test_packed_bases.py",
     "benchmarks/scale.py": "tests/test_benchmarks.py",
+    "benchmarks/steps.py": "tests/test_benchmarks.py",
     "examples/vera_text_classification.py": "tests/test_example.py",
     "tests/matrix/cells.py": "tests/test_matrix.py",
     "tests/matrix/footprints.py": "tests/test_footprint.py",
@@ -56,9 +57,11 @@ RUN_BY = {
 """What runs a command that is too long for the test of the pages, or the parts of it."""
 BY_HAND = (
     ".ci/run",
+    "benchmarks/hot_path.py",
     "benchmarks/import_cost.py",
     "benchmarks/one_process.py",
     "benchmarks/save.py",
+    "benchmarks/vera.py",
     "tests/matrix/picture.py",
 )
 """Commands that no test runs; only their arguments are held."""

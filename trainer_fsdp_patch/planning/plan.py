@@ -20,7 +20,8 @@ from trainer_fsdp_patch.inspecting.inventory import (
 )
 from trainer_fsdp_patch.inspecting.tuning import copied_modules, of_class
 from trainer_fsdp_patch.inspecting.walk import Walk
-from trainer_fsdp_patch.planning import budget, expecting, packs
+from trainer_fsdp_patch.packing import planned
+from trainer_fsdp_patch.planning import budget, expecting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,7 +84,7 @@ class Plan:
     @property
     def packed(self) -> dict[str, tuple[int, str]]:
         """Bytes and dtype of each quantized layer whose tensors move into one parameter, by the layer's name."""
-        return packs.layers_of(item.tensor for item in self.placements if item.placement == SHARD)
+        return planned.layers_of(item.tensor for item in self.placements if item.placement == SHARD)
 
     def nbytes(self, placement: str, role: str | None = None) -> int:
         """Bytes of all tensors with a placement and, where given, a role; each rank holds all replicated ones."""
@@ -167,8 +168,8 @@ def make_plan(
     barred = users | set(shared_by_units(tensors, roots))
     compute, reasons = _param_dtype(tensors, users, amp, param_dtype)
     known = set(roots)
-    within = packs.Asked(fsdp_version, compute, ranks, barred, lambda name: expecting.nearest(name, known))
-    tensors = packs.with_packed(tensors, inventory, within, odd_in)
+    within = planned.Asked(fsdp_version, compute, ranks, barred, lambda name: expecting.nearest(name, known))
+    tensors = planned.with_packed(tensors, inventory, within, odd_in)
     odd = odd_in(tensors)
     odd |= shared_by_units(tensors, roots)
     further = inventory.further_names()
@@ -232,8 +233,8 @@ def _decide(tensor: TensorInfo, users: set[str], odd: dict[str, str], fsdp_versi
         return Placement(tensor, REPLICATE, f"stored as {tensor.dtype} in a quantized layer, which FSDP cannot shard")
     if tensor.name in odd:
         return Placement(tensor, REPLICATE, odd[tensor.name])
-    if packs.is_packed(tensor):
-        return Placement(tensor, SHARD, f"{packs.REASON}, sharded by FSDP{fsdp_version}")
+    if planned.is_packed(tensor):
+        return Placement(tensor, SHARD, f"{planned.REASON}, sharded by FSDP{fsdp_version}")
     return Placement(tensor, SHARD, f"frozen base weight: sharded by FSDP{fsdp_version}")
 
 

@@ -60,7 +60,8 @@ def on_input_device(layer: VeraLayer, x: torch.Tensor) -> Iterator[None]:
         layer: peft's VeRA layer of a linear base layer.
         x: its input, [..., in_features].
     """
-    if layer.merged or layer.disable_adapters:
+    # Under autocast the layer may have copies already, from `casts`.
+    if layer.merged or layer.disable_adapters or _SHARED[0] in vars(layer):
         yield
         return
     slices: dict[str, dict[str, torch.Tensor]] = {key: {} for key in _SHARED}

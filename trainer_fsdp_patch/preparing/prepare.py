@@ -10,12 +10,12 @@ from trainer_fsdp_patch import agreement, collectives
 from trainer_fsdp_patch.errors import AdapterError, PlanError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.packing import choosing
-from trainer_fsdp_patch.planning import budget
+from trainer_fsdp_patch.planning import budget, elementwise
 from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_for
 from trainer_fsdp_patch.preparing import base_weights, fsdp_plugin, later
 from trainer_fsdp_patch.saving import adapter_state
-from trainer_fsdp_patch.training import elementwise, optimizer_groups, steps
+from trainer_fsdp_patch.training import optimizer_groups, steps
 
 if TYPE_CHECKING:
     import torch

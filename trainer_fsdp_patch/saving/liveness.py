@@ -30,15 +30,18 @@ class Liveness:
         self.steps, self.moved = 0, False
         self.largest: torch.Tensor | None = None
 
-    def note_gradients(self) -> None:
-        """Keep the largest gradient so far; it stays on its device, so nothing waits for it."""
+    def note_gradients(self, averages: torch.Tensor) -> None:
+        """Keep the largest gradient so far; it stays on its device, so nothing waits for it.
+
+        Args:
+            averages: gradients of any parameters, flat.
+        """
         import torch
 
-        gradients = [tensor.grad for tensor in self.tensors if tensor.grad is not None]
-        if self.moved or not gradients:
+        # This runs at each step until a save has found that the adapter moves.
+        if self.moved or not averages.numel():
             return
-        # One launch for all: this runs at each step until a save has found that the adapter moves.
-        largest = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, float("inf"))]).max()
+        largest = torch.linalg.vector_norm(averages, float("inf")).float()
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
 
     def note_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch.inspecting import footprint, inventory
-from trainer_fsdp_patch.packing import casts
+from trainer_fsdp_patch.packing import refusing
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 from trainer_fsdp_patch.saving import gathering
 
@@ -45,7 +45,7 @@ def applied(
 
     prepared = prepared_for(model)
     assert prepared is not None
-    casts.refuse_cast(model, function)
+    refusing.refuse_cast(model, function)
     before = gathering.dtype(model, prepared)
     result = upstream(function, *args, **kwargs)
     after = gathering.dtype(model, prepared)

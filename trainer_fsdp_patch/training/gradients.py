@@ -7,7 +7,8 @@ synchronise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch.inspecting import footprint
@@ -18,8 +19,21 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
     from torch.autograd.graph import Node
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 Result = TypeVar("Result")
+
+_FIRST: weakref.WeakKeyDictionary[nn.Module, tuple[type, Callable[[], nn.Module | FSDPParamGroup | None] | None]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Class of a model, and its first unit of FSDP, where it has one."""
+
+
+HOOKS = 128
+"""Parameters that notice when they get a gradient; of more, as many are spread over all.
+
+Autograd takes a microsecond to call a hook. The model's outputs have hooks too, which see the usual pass.
+"""
 
 
 class Averaging:
@@ -29,24 +43,31 @@ class Averaging:
         parameters: the replicated trainable ones.
         average: does it; all ranks call it alike.
         synchronises: whether the pass that ends now is one to average after.
+
+    Attributes:
+        averages: how many there were.
+        sampled: whether some parameters have no hooks.
+        pending: identities of parameters whose hooks have noticed gradients that are not averaged.
     """
 
     def __init__(
         self, parameters: Iterable[torch.Tensor], average: Callable[[], None], synchronises: Callable[[], bool]
     ) -> None:
         self.average, self.synchronises = average, synchronises
-        self.deferred = False
+        self.deferred = self.sampled = False
+        self.averages = 0
         self.pending: set[int] = set()
         self._queued = False
         self._reached: Node | None = None
         self.note(parameters)
 
     def note(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Notice when these get gradients, those of them that train."""
-        for parameter in parameters:
-            if parameter.requires_grad:
-                # torch gives this method no types.
-                parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
+        """Notice when these get gradients, those of them that train, or as many as are worth a call in each pass."""
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self.sampled = self.sampled or len(trained) > HOOKS
+        for parameter in trained[:: -(-len(trained) // HOOKS) or 1]:
+            # torch gives this method no types.
+            parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
 
     def begin_forward(self) -> None:
         """Forget a pass that an exception has ended before autograd could call back."""
@@ -82,7 +103,8 @@ class Averaging:
 
     def _end(self) -> None:
         node, self._reached, self._queued = self._reached, None, False
-        # A rank whose loss misses the adapter has to take part in what other ranks average.
+        # A rank whose loss misses the adapter has to take part in what other ranks average. So none can begin before
+        # its pass has ended: which gradient is the last one is not known before, and may differ between ranks.
         if (self.pending or (node is not None and _accumulates(node))) and self.synchronises():
             self.finish()
 
@@ -95,7 +117,27 @@ class Averaging:
     def finish(self) -> None:
         """Average now."""
         self.average()
+        self.averages += 1
         self.pending.clear()
+
+    def may_be_left(self, averages: int) -> bool:
+        """Whether anything may be left to average before a step.
+
+        Args:
+            averages: how many there had been at the optimizer's last step; less than none where there was none.
+        """
+        # Where not all have hooks, there may be a pass that none of them has seen.
+        return bool(self.pending) or (self.sampled and averages == self.averages)
+
+    def is_left(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether gradients of some of these may be left, where some may be.
+
+        Args:
+            parameters: replicated ones that an optimizer is about to step.
+        """
+        if not self.sampled:
+            return not self.pending.isdisjoint(map(id, parameters))
+        return bool(self.pending and parameters) or any(parameter.grad is not None for parameter in parameters)
 
 
 def _accumulates(node: Node) -> bool:
@@ -160,14 +202,24 @@ def synchronises(accelerator: Callable[[], Accelerator | None], model: Callable[
     if not owner.sync_gradients:
         return False
     wrapped = next((item for item in owner._models if unwrap(item) is planned), planned)
-    return all(_flags(wrapped))
+    return _flags(wrapped)
 
 
-def _flags(model: nn.Module) -> list[bool]:
-    """FSDP's flag of the first unit that has one; `no_sync()` sets those of all."""
+def _flags(model: nn.Module) -> bool:
+    """FSDP's flag of the first unit that has one, else True; `no_sync()` sets those of all."""
+    kind, first = _FIRST.get(model, (None, None))
+    unit = None if first is None else first()
+    # FSDP2 gives a model that it takes another class. A base that transformers has sharded has no unit at all.
+    if kind is not type(model) or (first is not None and unit is None):
+        unit = _first_unit(model)
+        _FIRST[model] = type(model), None if unit is None else weakref.ref(unit)
+    return bool(getattr(unit, "_sync_gradients", True)) and bool(getattr(unit, "reduce_grads", True))
+
+
+def _first_unit(model: nn.Module) -> nn.Module | FSDPParamGroup | None:
     for module in model.modules():
         if "_sync_gradients" in vars(module):
-            return [bool(vars(module)["_sync_gradients"])]
+            return module
         for group in footprint.groups(module):
-            return [bool(getattr(group, "reduce_grads", True))]
-    return []
+            return group
+    return None

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 
+_PLAIN = (bool, int, float, str, type(None))
+
+
 def own_inputs(
     handle: FlatParamHandle | None, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]]:
@@ -34,6 +37,12 @@ def own_inputs(
         return args, kwargs
 
     def own(item: object) -> object:
-        return item.view_as(item) if isinstance(item, torch.Tensor) and item.requires_grad else item
+        if isinstance(item, torch.Tensor):
+            return item.view_as(item) if item.requires_grad else item
+        return item
 
-    return tree_map(own, args), tree_map(own, kwargs)
+    def inside(item: object) -> object:
+        # Most arguments are no structures, and torch takes its time to find out.
+        return own(item) if isinstance(item, (*_PLAIN, torch.Tensor)) else tree_map(own, item)
+
+    return tuple(map(inside, args)), {name: inside(item) for name, item in kwargs.items()}

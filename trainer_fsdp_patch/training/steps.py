@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from trainer_fsdp_patch import collectives
+from trainer_fsdp_patch import buckets, casts, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical
+from trainer_fsdp_patch.planning import elementwise
 from trainer_fsdp_patch.planning.prepared import Prepared, held_by, prepared_for
 from trainer_fsdp_patch.saving import liveness
-from trainer_fsdp_patch.training import elementwise, gradients
+from trainer_fsdp_patch.training import gradients
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Result = TypeVar("Result")
+
+_TRAINABLE = operator.attrgetter("requires_grad")
 
 _STEPS: weakref.WeakKeyDictionary[Prepared, Steps] = weakref.WeakKeyDictionary()
 
@@ -33,12 +37,30 @@ class Steps:
         trained: identities of the tensors that were trainable at any time.
 
     Attributes:
-        optimizers: those that were looked at, by identity and number of parameters.
+        buckets: that its gradients are averaged in.
+        optimizers: those that were looked at, with the number of their parameters, and of averages at their last step.
     """
 
     def __init__(self, averaging: gradients.Averaging, trained: set[int]) -> None:
         self.averaging, self.trained = averaging, trained
-        self.optimizers: set[tuple[int, int]] = set()
+        self.buckets = buckets.Buckets()
+        self.optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
+        self._tensors: list[torch.Tensor] = []
+        self._frozen: list[torch.Tensor] = []
+        self._parameters: list[torch.Tensor] = []
+
+    def parameters(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Those that were trainable at any time.
+
+        Args:
+            tensors: all that are replicated; another list where any has changed.
+        """
+        if tensors is not self._tensors or any(map(_TRAINABLE, self._frozen)):
+            self.trained.update(id(tensor) for tensor in tensors if tensor.requires_grad)
+            self._tensors, self._frozen, self._parameters = tensors, [], []
+            for tensor in tensors:
+                (self._parameters if id(tensor) in self.trained else self._frozen).append(tensor)
+        return self._parameters
 
 
 def watch(prepared: Prepared, accelerator: Accelerator) -> None:
@@ -65,6 +87,8 @@ def watch(prepared: Prepared, accelerator: Accelerator) -> None:
     synchronises = functools.partial(gradients.synchronises, owner, prepared.model)
     _STEPS[prepared] = Steps(gradients.Averaging(prepared.tensors, average, synchronises), trained)
     model.register_forward_hook(watch_outputs)
+    if accelerator.mixed_precision != "no":
+        casts.watch(model)
 
     def before(optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         planned = record()
@@ -85,10 +109,10 @@ def average_replicated(prepared: Prepared) -> None:
 
     What is trainable right now may differ between ranks: peft's `disable_adapter()` freezes the adapter inside it.
     """
-    trained = _STEPS[prepared].trained
-    trained.update(id(tensor) for tensor in prepared.tensors if tensor.requires_grad)
-    collectives.average_gradients([tensor for tensor in prepared.tensors if id(tensor) in trained], prepared.groups)
-    liveness.of(prepared).note_gradients()
+    steps = _STEPS[prepared]
+    parameters = steps.parameters(prepared.tensors)
+    see = liveness.of(prepared).note_gradients
+    collectives.average_gradients(parameters, prepared.groups, steps.buckets, see)
 
 
 def take_up(prepared: Prepared, later: dict[str, torch.Tensor]) -> None:
@@ -115,17 +139,25 @@ def before_step(prepared: Prepared, optimizer: torch.optim.Optimizer) -> None:
     Raises:
         AdapterError: it steps a parameter of the model that no plan knows, or shards otherwise than full tensors.
     """
+    casts.forget()
     steps = _STEPS[prepared]
-    stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if (id(optimizer), len(stepped)) not in steps.optimizers:
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    before, averages = steps.optimizers.get(optimizer, (-1, -1))
+    if count != before:
+        stepped = _stepped(optimizer)
         _refuse_unknown(prepared, stepped)
         if not prepared.shards().isdisjoint(map(id, stepped)):
             elementwise.refuse(optimizer, prepared.sharded_names[0], prepared.plan.fsdp_version)
-        steps.optimizers.add((id(optimizer), len(stepped)))
-    pending = steps.averaging.pending
-    if pending and not pending.isdisjoint(map(id, stepped)):
-        steps.averaging.finish()
+    if steps.averaging.may_be_left(averages):
+        ours = [parameter for parameter in _stepped(optimizer) if id(parameter) in steps.trained]
+        if steps.averaging.is_left(ours):
+            steps.averaging.finish()
+    steps.optimizers[optimizer] = count, steps.averaging.averages
     liveness.of(prepared).note_step(optimizer)
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _refuse_unknown(prepared: Prepared, stepped: list[torch.Tensor]) -> None:
@@ -164,8 +196,10 @@ def watch_outputs(module: nn.Module, args: tuple[object, ...], output: object) -
     import torch
     from torch.utils import _pytree
 
-    compiling = getattr(torch.compiler, "is_compiling", lambda: False)()
-    if compiling or not torch.is_grad_enabled():
+    if getattr(torch.compiler, "is_compiling", lambda: False)():
+        return
+    casts.forget()
+    if not torch.is_grad_enabled():
         return
     prepared = prepared_for(module)
     averaging = None if prepared is None or prepared.model() is not module else averaging_of(prepared)
