@@ -154,6 +154,7 @@ def reference_of(setup: Setup) -> Setup:
         sharded_checkpoint=False,
         wrap="",
         placement="auto",
+        budget="",
         ranks=1,
         batch=setup.batch,
         hybrid=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.bits import SIZES
@@ -125,6 +125,21 @@ def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
         replicated=sum(size for name, size in replicated.items() if name in of_base),
         gathered=None if plan.units is None else _gathered(plan, plan.units, tensors, ranks, prefetched),
     )
+
+
+def traffic(plan: Plan, layers: Collection[str], ranks: int, gathers: int) -> tuple[int, int]:
+    """How often a step gathers a unit, and the bytes of all of these, for one forward and one backward pass.
+
+    Args:
+        plan: whose units go by class.
+        layers: names of the units that are gathered in both passes; the root, embeddings and head are once.
+        ranks: that share one copy of the base.
+        gathers: how often a step gathers a layer.
+    """
+    tensors = {item.tensor.name: item.tensor for item in plan.placements}
+    times = {home: gathers if home in layers else 1 for home, held in plan.units or () if held}
+    sizes = {home: _unit(plan, [tensors[name] for name in held], ranks) for home, held in plan.units or ()}
+    return sum(times.values()), sum(count * sizes[home] for home, count in times.items())
 
 
 def _share(plan: Plan, tensor: TensorInfo, ranks: int, *, padded: bool) -> int:

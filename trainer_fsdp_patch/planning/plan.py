@@ -20,7 +20,7 @@ from trainer_fsdp_patch.inspecting.inventory import (
     take,
 )
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.planning import budget, expecting
+from trainer_fsdp_patch.planning import budget, expecting, residence
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,6 +60,7 @@ class Plan:
         reasons: one sentence for each flag that differs from what was asked, and one for trainable tensors that are
             sharded.
         units: the expected units of FSDP and what each shards, the root first. None where they do not go by class.
+        resident: units that base_budget keeps full on each rank, and what of each.
     """
 
     fsdp_version: int
@@ -69,6 +70,7 @@ class Plan:
     autocast: str | None
     reasons: tuple[str, ...]
     units: expecting.Units | None = None
+    resident: expecting.Units = ()
 
     @property
     def ignored(self) -> tuple[Placement, ...]:
@@ -122,7 +124,9 @@ def make_plan(
     units: Iterable[str] | None = None,
     adapter_placement: str | None = None,
     adapter_budget: int | None = None,
+    base_budget: int | str | None = None,
     ranks: int = 1,
+    gathers: int = 2,
     unsharded: str = "",
     inventory: Inventory | None = None,
 ) -> Plan:
@@ -139,7 +143,10 @@ def make_plan(
         adapter_placement: "auto", "replicate" or "shard", for trainable tensors; None is what `patch()` was given.
         adapter_budget: bytes that a replicated adapter may cost each rank under "auto", with its gradients and its
             optimizer state. None is what `patch()` was given.
+        base_budget: bytes that each rank may hold of the base beyond its shards. It is a number, a text such as "8GiB"
+            or "25%", "auto", or None for what `patch()` was given.
         ranks: over which FSDP shards.
+        gathers: how often a step gathers a layer; once where it stays gathered from the forward to the backward pass.
         unsharded: why no trainable tensor may be sharded, or "".
         inventory: of the model, where it was taken already.
 
@@ -182,10 +189,16 @@ def make_plan(
         )
     compute, reasons = _param_dtype(placements, amp, param_dtype)
     flag = _orig_params(fsdp_version, use_orig_params)
-    parameters = [item for item in placements if item.tensor.kind == "parameter"]
-    held = [item.tensor.name for item in parameters if item.placement == SHARD]
-    cut = expecting.units(model, held, roots, fsdp_version) if roots else None
-    return Plan(fsdp_version, placements, flag, compute, amp, (*reasons, *said), cut)
+    cut = expecting.units(model, _held(placements), roots, fsdp_version) if roots else None
+    plan = Plan(fsdp_version, placements, flag, compute, amp, (*reasons, *said), cut)
+    wanted = residence.asked(base_budget, budget.settings.base_budget)
+    # Where units go by size, the layers of the model are what a budget keeps.
+    return plan if wanted is None else residence.budgeted(plan, model, roots or _roots(model, None), wanted, ranks, gathers)
+
+
+def _held(placements: Iterable[Placement]) -> list[str]:
+    """Names of the parameters that FSDP shards."""
+    return [item.tensor.name for item in placements if item.placement == SHARD and item.tensor.kind == "parameter"]
 
 
 def _known(setting: str, value: Choice, supported: Mapping[Choice, Result]) -> Result:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, PlanError
-from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.inspecting import inventory, sharing
 from trainer_fsdp_patch.planning import budget
 from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_for
@@ -64,7 +64,7 @@ def prepare(trainer: Trainer, model: nn.Module, *, training: bool = False) -> Pr
     plugin = accelerator.state.fsdp_plugin
     fsdp_plugin.warn_of_flag(plugin, trainer.args.fsdp_config or {})
     explicit = fsdp_plugin.explicit_policy(accelerator, plugin)
-    why = elementwise.why_not(trainer, fsdp_plugin.version_of(plugin), budget.settings.adapter_placement)
+    why = elementwise.why_not(trainer, sharing.version_of(plugin), budget.settings.adapter_placement)
     plan = fsdp_plugin.plan_for(model, accelerator, plugin, explicit, why, taken)
     prepared = settle(accelerator, Prepared(model, plan, data_parallel_groups(accelerator), taken), taken)
     fsdp_plugin.set_flags(prepared, plugin, explicit)

@@ -162,7 +162,7 @@ def enter(setup: case.Setup, folder: str, ranks: int, *, patched: bool) -> Train
 
     torch.set_num_threads(1)
     if patched:
-        trainer_fsdp_patch.patch(strict=True, adapter_placement=setup.placement)
+        trainer_fsdp_patch.patch(strict=True, adapter_placement=setup.placement, base_budget=setup.budget or None)
     releases.environment()
     given = arguments(setup, folder, ranks)
     if ranks > 1 and setup.fsdp and given.device.type == "cpu":
