@@ -127,17 +127,31 @@ def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
     )
 
 
-def traffic(plan: Plan, layers: Collection[str], ranks: int, gathers: int) -> tuple[int, int]:
+def gathered_twice(model: nn.Module, layers: Iterable[str], fsdp_version: int) -> set[str]:
+    """Names of the units that are gathered in the forward and in the backward pass, where they are freed in between.
+
+    FSDP2 gathers the embeddings ahead in the backward pass, which has no use for them where they are frozen.
+
+    Args:
+        model: before FSDP takes it.
+        layers: names of the modules that become units by class.
+        fsdp_version: 1 or 2.
+    """
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)() if fsdp_version == 2 else None
+    return {*layers, *(canonical(name) for name, module in model.named_modules() if module is embeddings)}
+
+
+def traffic(plan: Plan, twice: Collection[str], ranks: int, gathers: int) -> tuple[int, int]:
     """How often a step gathers a unit, and the bytes of all of these, for one forward and one backward pass.
 
     Args:
         plan: whose units go by class.
-        layers: names of the units that are gathered in both passes; the root, embeddings and head are once.
+        twice: names of the units that are gathered in both passes; the root and the head are once.
         ranks: that share one copy of the base.
-        gathers: how often a step gathers a layer.
+        gathers: how often a step gathers one of the former.
     """
     tensors = {item.tensor.name: item.tensor for item in plan.placements}
-    times = {home: gathers if home in layers else 1 for home, held in plan.units or () if held}
+    times = {home: gathers if home in twice else 1 for home, held in plan.units or () if held}
     sizes = {home: _unit(plan, [tensors[name] for name in held], ranks) for home, held in plan.units or ()}
     return sum(times.values()), sum(count * sizes[home] for home, count in times.items())
 

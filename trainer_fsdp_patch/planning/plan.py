@@ -110,6 +110,8 @@ class Plan:
             roles = Counter(item.tensor.role for item in kept)
             detail = ", ".join(f"{count} {role}" for role, count in sorted(roles.items()))
             parts.append(f"{placement} {self.nbytes(placement) / 2**20:.1f} MiB ({detail or 'nothing'})")
+        if self.resident:
+            parts.append(f"{len(self.resident)} units of the base resident")
         return "; ".join(parts)
 
 
@@ -193,7 +195,11 @@ def make_plan(
     plan = Plan(fsdp_version, placements, flag, compute, amp, (*reasons, *said), cut)
     wanted = residence.asked(base_budget, budget.settings.base_budget)
     # Where units go by size, the layers of the model are what a budget keeps.
-    return plan if wanted is None else residence.budgeted(plan, model, roots or _roots(model, None), wanted, ranks, gathers)
+    return (
+        plan
+        if wanted is None
+        else residence.budgeted(plan, model, roots or _roots(model, None), wanted, ranks, gathers)
+    )
 
 
 def _held(placements: Iterable[Placement]) -> list[str]:

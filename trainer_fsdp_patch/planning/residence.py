@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NoReturn
 
 from trainer_fsdp_patch.errors import PlanError
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trainer_fsdp_patch.planning.plan import Plan
+
+    Budget = int | str | None
 
 ENVIRONMENT = "TRAINER_FSDP_PATCH_BASE_BUDGET"
 """Environment variable: a budget where `patch()` was given none."""
@@ -29,10 +31,6 @@ _UNITS = {"": 1, "b": 1} | {
     for kind, base in (("", 1000), ("i", 1024))
 }
 """Bytes of each unit that a text may have, in lower case."""
-
-Budget = int | str | None
-Order = Callable[[int, int], list[int]]
-"""From the number of layers and the number that is kept to the places of these."""
 
 
 def asked(given: Budget, setting: Budget) -> Budget:
@@ -97,9 +95,7 @@ def spread(count: int, kept: int) -> list[int]:
     return [(2 * index + 1) * count // (2 * kept) for index in range(kept)]
 
 
-def budgeted(
-    plan: Plan, model: nn.Module, layers: list[str], wanted: int | str, ranks: int, gathers: int
-) -> Plan:
+def budgeted(plan: Plan, model: nn.Module, layers: list[str], wanted: int | str, ranks: int, gathers: int) -> Plan:
     """The plan with as many units full on each rank as fit a budget, and a sentence of what that buys.
 
     Args:
@@ -137,7 +133,8 @@ def budgeted(
     cost = sum(costs[home] for home in chosen) / 2**20
     head = f"base_budget {wanted}: {len(chosen)} of {len(costs)} units stay full on each rank"
     text = f"{head}, which costs it {cost:.1f} MiB beyond their shards"
-    return _with(kept, text + _bought(plan, kept, layers, ranks, gathers))
+    twice = expecting.gathered_twice(model, layers, plan.fsdp_version)
+    return _with(kept, text + _bought(plan, kept, twice, ranks, gathers))
 
 
 def _with(plan: Plan, reason: str) -> Plan:
@@ -150,20 +147,20 @@ def _extra(tensors: Iterable[TensorInfo], ranks: int) -> int:
     return nbytes - nbytes // ranks
 
 
-def _bought(before: Plan, after: Plan, layers: list[str], ranks: int, gathers: int) -> str:
+def _bought(before: Plan, after: Plan, twice: set[str], ranks: int, gathers: int) -> str:
     """End of a sentence: what a step gathers with the budget and without; "" where units do not go by class."""
     if before.units is None or after.units is None:
         return ""
-    (most, many), (fewest, few) = (expecting.traffic(plan, layers, ranks, gathers) for plan in (before, after))
+    (most, many), (fewest, few) = (expecting.traffic(plan, twice, ranks, gathers) for plan in (before, after))
     return f"; a step gathers {fewest} instead of {most} times, and {few / 2**20:.1f} of {many / 2**20:.1f} MiB"
 
 
-def _choose(costs: dict[str, int], layers: list[str], budget: int, order: Order = spread) -> list[str]:
+def _choose(costs: dict[str, int], layers: list[str], budget: int) -> list[str]:
     """Names of units that fit the budget together."""
     twice = [home for home in layers if home in costs]
     chosen: list[str] = []
     for count in range(len(twice), 0, -1):
-        some = [twice[place] for place in order(len(twice), count)]
+        some = [twice[place] for place in spread(len(twice), count)]
         if sum(costs[home] for home in some) <= budget:
             chosen = some
             break

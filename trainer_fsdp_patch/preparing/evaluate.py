@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.inspecting import inventory, sharing
 from trainer_fsdp_patch.names import unwrap
-from trainer_fsdp_patch.preparing import fsdp_plugin, prepare
+from trainer_fsdp_patch.preparing import prepare
 from trainer_fsdp_patch.training import optimizer_groups
 
 if TYPE_CHECKING:
