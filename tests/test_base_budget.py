@@ -115,7 +115,9 @@ def inside(setup: Setup, strategy: str, base: str, folder: str, rank: int) -> Ou
 
     given = trial.enter(setup, folder, 2, patched=True)
     if strategy:
-        given.fsdp_plugin_args["reshard_after_forward"] = False if setup.fsdp == 2 else strategy
+        given.fsdp_plugin_args |= (
+            {"reshard_after_forward": False} if setup.fsdp == 2 else {"sharding_strategy": strategy}
+        )
     model = METHODS["lora"](trial.load_base(base, setup))
     trainer = Trainer(model=model, args=given, train_dataset=trial.dataset(trial.STEPS * trial.BATCH))
     with trial.counter()() as counted:
@@ -182,7 +184,7 @@ def test_layers_come_first_and_the_root_with_what_is_left() -> None:
         ("100%", {"", "base_model.model.model.layers.0", "base_model.model.model.layers.1"}),
     ):
         plan = planned(budget, fsdp_version=1)
-        assert {home for home, _ in plan.resident} == (resident if budget != layer - 1 else set())
+        assert {home for home, _ in plan.resident} == resident
 
 
 def test_what_fits_beside_the_layers_is_kept_too() -> None:
@@ -217,10 +219,8 @@ def test_a_tied_parameter_counts_once_and_in_the_root() -> None:
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, **sizes))
     plan = trainer_fsdp_patch.plan(METHODS["lora"](model), fsdp_version=1, ranks=2, base_budget="100%")
-    [root] = [names for home, names in plan.resident if not home]
-    assert [name for _, names in plan.resident for name in names if "embed" in name or "lm_head" in name] == [
-        name for name in root if "embed" in name
-    ]
+    [head] = [home for home, names in plan.resident for name in names if "embed" in name or "lm_head" in name]
+    assert head == ""
     assert expecting.footprint(plan, 2).replicated == sum(item.numel() * 4 for item in llama().parameters()) - 96 * 256
 
 
@@ -245,7 +245,7 @@ def test_which_settings_gather_a_layer_once() -> None:
     from accelerate import FullyShardedDataParallelPlugin
 
     for value, gathers in (("FULL_SHARD", 2), ("SHARD_GRAD_OP", 1), ("HYBRID_SHARD", 2), ("HYBRID_SHARD_ZERO2", 1)):
-        assert sharing.gathers(FullyShardedDataParallelPlugin(fsdp_version=1, reshard_after_forward=value)) == gathers
+        assert sharing.gathers(FullyShardedDataParallelPlugin(fsdp_version=1, sharding_strategy=value)) == gathers
     for value, gathers in ((True, 2), (False, 1)):
         assert sharing.gathers(FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=value)) == gathers
 

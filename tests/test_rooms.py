@@ -18,9 +18,10 @@ DOOR = {"__init__", "__main__", "cli", "gates"}
 
 TAGS = {
     "inspecting/inventory.py": ["peft 0.15", "torch 2.5"],
+    "inspecting/sharing.py": ["accelerate 1.6"],
     "planning/budget.py": ["accelerate 1.15", "torch 2.13"],
     "preparing/fsdp2.py": ["torch 2.7"],
-    "preparing/fsdp_plugin.py": ["accelerate 1.6", "accelerate 1.0", "accelerate 1.0"],
+    "preparing/fsdp_plugin.py": ["accelerate 1.0", "accelerate 1.0"],
     "preparing/layers.py": ["peft 0.20"],
     "resuming/optimizer_state.py": ["accelerate 1.7"],
     "resuming/resume.py": ["accelerate 1.7", "accelerate 1.9"],

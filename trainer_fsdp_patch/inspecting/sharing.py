@@ -42,5 +42,6 @@ def gathers(plugin: FullyShardedDataParallelPlugin) -> int:
     Args:
         plugin: accelerate's FullyShardedDataParallelPlugin.
     """
-    set_to = (getattr(plugin, name, None) for name in ("sharding_strategy", "reshard_after_forward"))
-    return 1 if any(value is False or "GRAD_OP" in str(value) or "ZERO2" in str(value) for value in set_to) else 2
+    # accelerate prefers the former, which FSDP1 has always and FSDP2 never.
+    strategy = getattr(plugin, "sharding_strategy", None) or getattr(plugin, "reshard_after_forward", None)
+    return 1 if strategy is False or any(name in str(strategy) for name in ("GRAD_OP", "ZERO2")) else 2
