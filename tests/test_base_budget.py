@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,11 @@ The share of a layer is less than 25 %, so that FSDP2's root, which is one norm,
 
 
 @pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A bench of models of four layers, of which a budget keeps some."""
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A bench of a Llama of four layers, of which a budget keeps some. It is written here, and others are as ever."""
     with pytest.MonkeyPatch.context() as context:
         context.setattr(architectures, "LAYERS", LAYERS)
-        context.setattr(trial, "STEPS", 2)
-        yield Bench(tmp_path_factory.mktemp("deep"))
+        return Bench(tmp_path_factory.mktemp("deep"))
 
 
 @pytest.mark.parametrize("fsdp", FLAVOURS)
@@ -49,7 +47,7 @@ def test_any_budget_trains_what_one_process_does(deep: Bench, method: str, fsdp:
     """Units, bytes at rest and gathered bytes are those of the plan, and collectives are counted by hand."""
     outcome, verdict = deep.cell(method, Setup(f"{fsdp}-{budget}", fsdp=fsdp, budget=budget), patched=True)
     assert verdict.right, verdict.error
-    assert outcome.collectives == [COLLECTIVES[fsdp][budget]] * 2
+    assert outcome.collectives == [COLLECTIVES[fsdp][budget]] * trial.STEPS
     assert outcome.footprint is not None
     assert dataclasses.replace(outcome.footprint, collectives=None) == outcome.planned
 
@@ -65,7 +63,7 @@ def test_packed_weights_count_their_own_bytes(deep: Bench, storage: str, fsdp: i
     assert outcome.planned is not None
     assert outcome.footprint.rest == outcome.planned.rest
     if storage == "bfloat16":
-        assert outcome.collectives == [COLLECTIVES[fsdp]["50%"]] * 2
+        assert outcome.collectives == [COLLECTIVES[fsdp]["50%"]] * trial.STEPS
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -155,8 +153,8 @@ def test_what_stays_gathered_after_the_forward_is_still_spared_its_gather(
         [outcome, _] = forks.launch(inside, *arguments, ranks=2)
         assert not outcome.error, outcome.extra
         counts.append(outcome.extra["collectives"])
-    # One gather of each of two layers in each of two steps, and of FSDP2's root.
-    assert counts[0] - counts[1] == 2 * (2 + (fsdp == 2))
+    # One gather of each of two layers in each step, and of FSDP2's root.
+    assert counts[0] - counts[1] == trial.STEPS * (2 + (fsdp == 2))
 
 
 @pytest.mark.skipif(not releases.at_least("transformers", "5.1.0"), reason="older releases are asked in other ways")
