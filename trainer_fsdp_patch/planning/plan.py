@@ -25,6 +25,8 @@ from trainer_fsdp_patch.planning import budget, expecting, residence
 if TYPE_CHECKING:
     from torch import nn
 
+    from trainer_fsdp_patch.inspecting.memory import Room
+
 Choice = TypeVar("Choice")
 Result = TypeVar("Result")
 
@@ -129,6 +131,7 @@ def make_plan(
     base_budget: int | str | None = None,
     ranks: int = 1,
     gathers: int = 2,
+    room: Room | None = None,
     unsharded: str = "",
     inventory: Inventory | None = None,
 ) -> Plan:
@@ -149,6 +152,7 @@ def make_plan(
             or "25%", "auto", or None for what `patch()` was given.
         ranks: over which FSDP shards.
         gathers: how often a step gathers a layer; once where it stays gathered from the forward to the backward pass.
+        room: what each rank has room for under "auto"; None asks the device of this process.
         unsharded: why no trainable tensor may be sharded, or "".
         inventory: of the model, where it was taken already.
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NoReturn
 
 from trainer_fsdp_patch.errors import PlanError
-from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, TensorInfo
+from trainer_fsdp_patch.inspecting import memory
+from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, QUANTIZED, TensorInfo
 from trainer_fsdp_patch.planning import expecting
 
 if TYPE_CHECKING:
@@ -95,7 +96,15 @@ def spread(count: int, kept: int) -> list[int]:
     return [(2 * index + 1) * count // (2 * kept) for index in range(kept)]
 
 
-def budgeted(plan: Plan, model: nn.Module, layers: list[str], wanted: int | str, ranks: int, gathers: int) -> Plan:
+def budgeted(
+    plan: Plan,
+    model: nn.Module,
+    layers: list[str],
+    wanted: int | str,
+    ranks: int,
+    gathers: int,
+    room: memory.Room | None = None,
+) -> Plan:
     """The plan with as many units full on each rank as fit a budget, and a sentence of what that buys.
 
     Args:
@@ -105,6 +114,7 @@ def budgeted(plan: Plan, model: nn.Module, layers: list[str], wanted: int | str,
         wanted: the budget.
         ranks: that share one copy of the base.
         gathers: how often a step gathers a layer.
+        room: what each rank has room for; None asks this process's device where the budget is "auto".
 
     Raises:
         PlanError: the budget is none.
@@ -113,6 +123,10 @@ def budgeted(plan: Plan, model: nn.Module, layers: list[str], wanted: int | str,
 
     if ranks == 1:
         return _with(plan, f"base_budget {wanted} is without effect: FSDP does not split the base here")
+    text = str(wanted)
+    if wanted == AUTO:
+        wanted = automatic(plan, room or memory.room(model), ranks)
+        text += f" ({wanted / 2**20:.1f} MiB)"
     sharded = {item.tensor.name: item.tensor for item in plan.placements if item.placement == SHARD}
     sharded = {name: tensor for name, tensor in sharded.items() if tensor.kind == "parameter"}
     frozen = {name: tensor for name, tensor in sharded.items() if tensor.role in (BASE, QUANTIZED)}
@@ -131,10 +145,32 @@ def budgeted(plan: Plan, model: nn.Module, layers: list[str], wanted: int | str,
         units = expecting.units(model, left, layers, plan.fsdp_version)
     kept = dataclasses.replace(plan, placements=placements, units=units, resident=resident)
     cost = sum(costs[home] for home in chosen) / 2**20
-    head = f"base_budget {wanted}: {len(chosen)} of {len(costs)} units stay full on each rank"
+    head = f"base_budget {text}: {len(chosen)} of {len(costs)} units stay full on each rank"
     text = f"{head}, which costs it {cost:.1f} MiB beyond their shards"
     twice = expecting.gathered_twice(model, layers, plan.fsdp_version)
     return _with(kept, text + _bought(plan, kept, twice, ranks, gathers))
+
+
+def automatic(plan: Plan, room: memory.Room, ranks: int) -> int:
+    """Bytes that are left for the base beside all else that a rank holds in a step.
+
+    These are shards and replicas, units while they are gathered, gradients and optimizer states, and activations.
+    Where units do not go by class, all of the base counts as gathered at once.
+
+    Args:
+        plan: without a budget.
+        room: of the rank that has the least.
+        ranks: that share one copy of the base.
+    """
+    from trainer_fsdp_patch.planning import budget
+    from trainer_fsdp_patch.planning.plan import SHARD
+
+    taken = expecting.footprint(plan, ranks)
+    gathered = plan.nbytes(SHARD) if taken.gathered is None else taken.gathered
+    trained = (item for item in plan.placements if item.tensor.role == ADAPTER)
+    states = ((budget.cost(item.tensor) - item.tensor.nbytes, item.placement) for item in trained)
+    stepped = sum(size // ranks if placement == SHARD else size for size, placement in states)
+    return max(0, room.usable - taken.rest - gathered - stepped)
 
 
 def _with(plan: Plan, reason: str) -> Plan:

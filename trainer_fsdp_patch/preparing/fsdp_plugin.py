@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.errors import PlanError, warn
-from trainer_fsdp_patch.inspecting import inventory, units
+from trainer_fsdp_patch.inspecting import inventory, memory, units
 from trainer_fsdp_patch.inspecting.sharing import gathers, shards, version_of
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning.plan import make_plan
@@ -120,6 +120,7 @@ def plan_for(
     policy: Policy | None,
     unsharded: str,
     taken: inventory.Inventory,
+    room: memory.Room | None = None,
 ) -> Plan:
     """Plan from accelerate's plugin.
 
@@ -130,6 +131,7 @@ def plan_for(
         policy: the user's own mixed-precision policy, or None.
         unsharded: why no trainable tensor may be sharded, or "".
         taken: the model's inventory.
+        room: what the rank with the least has room for, where base_budget asks for it.
 
     Raises:
         PlanError: a setting contradicts the model.
@@ -148,6 +150,7 @@ def plan_for(
         units=unit_classes(plugin),
         ranks=shards(accelerator, plugin),
         gathers=gathers(plugin),
+        room=room,
         unsharded=unsharded,
         inventory=taken,
     )

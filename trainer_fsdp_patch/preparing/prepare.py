@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, PlanError
-from trainer_fsdp_patch.inspecting import inventory, sharing
-from trainer_fsdp_patch.planning import budget
+from trainer_fsdp_patch.inspecting import inventory, memory, sharing
+from trainer_fsdp_patch.planning import budget, residence
 from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_for
 from trainer_fsdp_patch.preparing import base_weights, fsdp_plugin, later
@@ -65,7 +65,10 @@ def prepare(trainer: Trainer, model: nn.Module, *, training: bool = False) -> Pr
     fsdp_plugin.warn_of_flag(plugin, trainer.args.fsdp_config or {})
     explicit = fsdp_plugin.explicit_policy(accelerator, plugin)
     why = elementwise.why_not(trainer, sharing.version_of(plugin), budget.settings.adapter_placement)
-    plan = fsdp_plugin.plan_for(model, accelerator, plugin, explicit, why, taken)
+    room = None
+    if residence.asked(None, budget.settings.base_budget) == residence.AUTO:
+        room = memory.least(memory.room(model, accelerator.device, trainer.args), accelerator.device)
+    plan = fsdp_plugin.plan_for(model, accelerator, plugin, explicit, why, taken, room)
     prepared = settle(accelerator, Prepared(model, plan, data_parallel_groups(accelerator), taken), taken)
     fsdp_plugin.set_flags(prepared, plugin, explicit)
     optimizer_groups.separate(trainer)
@@ -146,7 +149,7 @@ def agree(prepared: Prepared) -> None:
     Raises:
         AdapterError: on all ranks, naming the first tensor or setting that differs.
     """
-    items: list[tuple[str, object]] = []
+    items: list[tuple[str, object]] = [("base_budget", tuple(home for home, _ in prepared.plan.resident))]
     for adapter, config in getattr(prepared.model(), "peft_config", {}).items():
         values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
         items += [(f"peft_config[{adapter!r}].{key}", _plain(values[key])) for key in sorted({*values} - _LOCAL)]
@@ -159,7 +162,7 @@ def agree(prepared: Prepared) -> None:
             name,
             f"{here} on rank 0 and {there} on rank {rank}",
             "One adapter cannot be trained from different ones",
-            "Give every rank the same adapter configuration",
+            f"Give every rank the same {'base_budget' if name == 'base_budget' else 'adapter configuration'}",
             tensor=name,
         )
 
