@@ -18,6 +18,7 @@ DOOR = {"__init__", "__main__", "cli", "gates"}
 
 TAGS = {
     "inspecting/inventory.py": ["peft 0.15", "torch 2.5"],
+    "inspecting/memory.py": ["torch 2.6"],
     "inspecting/sharing.py": ["accelerate 1.6"],
     "planning/budget.py": ["accelerate 1.15", "torch 2.13"],
     "preparing/fsdp2.py": ["torch 2.7"],

@@ -52,7 +52,7 @@ def measured(device: torch.device) -> tuple[int, int]:
         here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
         found = psutil.virtual_memory()
         return int(found.available) // here, int(found.total) // here
-    module = torch.get_device_module(device)
+    module = getattr(torch, device.type)
     free, total = module.mem_get_info(device)
     # torch keeps what it has freed, and hands it out again.
     return int(free + module.memory_reserved(device) - module.memory_allocated(device)), int(total)
@@ -70,14 +70,20 @@ def room(model: nn.Module, device: torch.device | None = None, arguments: object
         device: of the rank; None is the accelerator that is there, or the CPU.
         arguments: TrainingArguments, or None for one row.
     """
-    import torch
-
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = device or torch.device("cpu")
+    device = device or _device()
     free, total = meter(device)
     held = {id(item): nbytes_of(item) for item in model.parameters() if item.device.type == device.type}
     return Room(free + sum(held.values()), total, activations(model, total, arguments))
+
+
+def _device() -> torch.device:
+    """The accelerator that is there, or the CPU."""
+    import torch
+
+    # until torch 2.6: it has no name for whatever accelerator is there
+    if not hasattr(torch, "accelerator"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
 
 
 def activations(model: nn.Module, total: int, arguments: object = None) -> int:

@@ -199,11 +199,8 @@ def make_plan(
     plan = Plan(fsdp_version, placements, flag, compute, amp, (*reasons, *said), cut)
     wanted = residence.asked(base_budget, budget.settings.base_budget)
     # Where units go by size, the layers of the model are what a budget keeps.
-    return (
-        plan
-        if wanted is None
-        else residence.budgeted(plan, model, roots or _roots(model, None), wanted, ranks, gathers)
-    )
+    layers = roots or _roots(model, None)
+    return plan if wanted is None else residence.budgeted(plan, model, layers, wanted, ranks, gathers, room)
 
 
 def _held(placements: Iterable[Placement]) -> list[str]:
