@@ -40,6 +40,7 @@ RUN_BY = {
     "trainer_fsdp_patch repair": "tests/test_verify.py",
     "trainer_fsdp_patch seams": "tests/test_seams.py",
     "benchmarks/adapter_step.py": "tests/test_benchmarks.py",
+    "benchmarks/base_budget.py": "tests/test_benchmarks.py",
     "examples/vera_text_classification.py": "tests/test_example.py",
     "tests/matrix/cells.py": "tests/test_matrix.py",
     "tests/matrix/footprints.py": "tests/test_footprint.py",
