@@ -79,9 +79,14 @@ def test_what_torch_keeps_of_an_accelerator_is_free(monkeypatch: pytest.MonkeyPa
         mem_get_info = staticmethod(lambda device: (100, 1000))
         memory_reserved = staticmethod(lambda device: 70)
         memory_allocated = staticmethod(lambda device: 30)
+        max_memory_allocated = staticmethod(lambda device: 45)
+        reset_peak_memory_stats = staticmethod(lambda device: resets.append(device))
 
+    resets: list[Any] = []
     monkeypatch.setattr(torch, "xpu", Module)
     assert memory.measured(torch.device("xpu")) == (140, 1000)
+    assert memory.left(torch.device("xpu")) == (125, 1000), "of 170 bytes 45 were in use at once"
+    assert resets == [torch.device("xpu")]
 
 
 def test_what_a_rank_holds_of_the_model_is_free_to_be_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +134,7 @@ def lesser(model: Any) -> Any:
     needs = taken.rest + int(taken.gathered or 0) + trained * 12 - held + layers * LAYER // 2
     memory.meter = lambda device: (needs, 0)
     memory.activations = lambda *_: 0
+    memory.gauge = lambda device: (0, 0)
     return model
 
 

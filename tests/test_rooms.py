@@ -11,12 +11,24 @@ import pytest
 import trainer_fsdp_patch
 
 PACKAGE = Path(trainer_fsdp_patch.__file__).parent
-ROOMS = ("testing", "preparing", "training", "resuming", "saving", "planning", "inspecting", "files", "ground")
+ROOMS = (
+    "testing",
+    "preparing",
+    "adapting",
+    "training",
+    "resuming",
+    "saving",
+    "planning",
+    "inspecting",
+    "files",
+    "ground",
+)
 """From the top floor to the ground; `patching` stands alone on the ground, and knows nothing of FSDP."""
 DOOR = {"__init__", "__main__", "cli", "gates"}
 """Modules that open the rooms to users and to patches; no room imports them."""
 
 TAGS = {
+    "adapting/residents.py": ["torch 2.8"],
     "inspecting/inventory.py": ["peft 0.15", "torch 2.5"],
     "inspecting/memory.py": ["torch 2.6"],
     "inspecting/sharing.py": ["accelerate 1.6"],

@@ -126,6 +126,36 @@ def _itemsize(model: nn.Module) -> int:
     return min((item.element_size() for item in model.parameters() if item.is_floating_point()), default=4)
 
 
+def left(device: torch.device) -> tuple[int, int]:
+    """Bytes of a device that nothing has used since the last call, or of the CPU now, and all of its bytes."""
+    import torch
+
+    free, total = measured(device)
+    if device.type == "cpu":
+        return free, total
+    module = getattr(torch, device.type)
+    peak = int(module.max_memory_allocated(device) - module.memory_allocated(device))
+    module.reset_peak_memory_stats(device)
+    return free - peak, total
+
+
+gauge: Callable[[torch.device], tuple[int, int]] = left
+"""What is asked between steps; tests put their own in its place."""
+
+
+def least_spare(device: torch.device) -> int:
+    """The least that was left on any rank, less the margin, by one collective.
+
+    Args:
+        device: of the rank.
+
+    Raises:
+        RankError: another rank has ended.
+    """
+    free, total = gauge(device)
+    return _least([free - total // MARGIN], device)[0]
+
+
 def least(here: Room, device: torch.device) -> Room:
     """The least that any rank has room for, by one collective.
 
@@ -136,12 +166,16 @@ def least(here: Room, device: torch.device) -> Room:
     Raises:
         RankError: another rank has ended.
     """
+    # Activations are the same on all; where they are not, the largest count.
+    free, total, negative = _least([here.free, here.total, -here.activations], device)
+    return Room(free, total, -negative)
+
+
+def _least(values: list[int], device: torch.device) -> list[int]:
     import torch
     import torch.distributed as dist
 
-    # Activations are the same on all; where they are not, the largest count.
-    sizes = torch.tensor([here.free, here.total, -here.activations], dtype=torch.int64, device=device)
+    sizes = torch.tensor(values, dtype=torch.int64, device=device)
     with collectives.collective("least free memory of the ranks"):
         dist.all_reduce(sizes, op=dist.ReduceOp.MIN)
-    free, total, negative = map(int, sizes.tolist())
-    return Room(free, total, -negative)
+    return [int(size) for size in sizes.tolist()]

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import collectives
+from trainer_fsdp_patch.adapting import residents
 from trainer_fsdp_patch.errors import AdapterError, PlanError
 from trainer_fsdp_patch.inspecting import inventory, memory, sharing
 from trainer_fsdp_patch.planning import budget, residence
@@ -71,6 +72,8 @@ def prepare(trainer: Trainer, model: nn.Module, *, training: bool = False) -> Pr
     plan = fsdp_plugin.plan_for(model, accelerator, plugin, explicit, why, taken, room)
     prepared = settle(accelerator, Prepared(model, plan, data_parallel_groups(accelerator), taken), taken)
     fsdp_plugin.set_flags(prepared, plugin, explicit)
+    if room is not None and plan.fsdp_version == 2:
+        residents.watch(prepared, accelerator.device)
     optimizer_groups.separate(trainer)
     return prepared
 
