@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,16 @@ def load(name: str) -> Any:
     return module
 
 
-STEP = load("adapter_step")
+# A benchmark may import another next to it, as a script does.
+sys.path.append(str(ROOT / "benchmarks"))
+STEP, BUDGET = load("adapter_step"), load("base_budget")
 
-
-@pytest.mark.skipif(
+tested = pytest.mark.skipif(
     any(map(versions.newer_than_tested, ("torch", "transformers", "accelerate", "peft"))), reason="other releases"
 )
+
+
+@tested
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 @pytest.mark.parametrize("configure", STEP.NAMES, ids=STEP.NAMES.get)
 def test_the_counts_of_a_step_and_of_a_save_are_those_of_the_page(
@@ -43,3 +48,16 @@ def test_the_counts_of_a_step_and_of_a_save_are_those_of_the_page(
     written = [cell.strip() for cell in line.strip("|").split("|")]
     exact = [0, *(place for place, name in enumerate(STEP.COLUMNS, 1) if name != "seconds")]
     assert [written[place] for place in exact] == [fresh[place] for place in exact]
+
+
+@tested
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_the_counts_of_budgets_are_those_of_the_page(monkeypatch: pytest.MonkeyPatch, fsdp: int) -> None:
+    monkeypatch.setattr(BUDGET, "STEPS", 2)
+    [(configure, name), *_] = BUDGET.NAMES.items()
+    fresh = BUDGET.rows(configure, fsdp, BUDGET.compare(configure, fsdp, 1, ("25%", "100%", "DDP")))
+    page = (ROOT / "docs" / "base-budget.md").read_text().splitlines()
+    written = [[cell.strip() for cell in line.strip("|").split("|")] for line in page if line.startswith(f"| {name}, ")]
+    for cells in fresh:
+        [found] = [line for line in written if line[:2] == cells[:2]]
+        assert found[:-1] == cells[:-1]
