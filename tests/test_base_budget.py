@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,18 @@ def test_a_run_without_a_unit_resumes(bench: Bench, fsdp: int, sharded: bool) ->
 def test_evaluation_first(bench: Bench, fsdp: int) -> None:
     scene = checkpoints.Scene(bench)
     assert checkpoints.evaluated(scene, Setup("evaluated", fsdp=fsdp, budget="100%"), patched=True) == ""
+
+
+def uneven(model: Any) -> Any:
+    """LoRA where each rank's environment has another budget."""
+    os.environ[residence.ENVIRONMENT] = "100%" if os.environ.get("RANK") == "1" else "50%"
+    return METHODS["lora"](model)
+
+
+def test_ranks_with_other_budgets_are_refused(bench: Bench, tmp_path: Path) -> None:
+    outcome = trial.run(Setup("uneven", fsdp=FLAVOURS[-1]), uneven, bench.base, tmp_path)
+    assert outcome.error.startswith("AdapterError: base_budget: ")
+    assert outcome.error.endswith("Give every rank the same base_budget.")
 
 
 def inside(setup: Setup, strategy: str, base: str, folder: str, rank: int) -> Outcome:

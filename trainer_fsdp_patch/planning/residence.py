@@ -152,7 +152,7 @@ def budgeted(
 
 
 def automatic(plan: Plan, room: memory.Room, ranks: int) -> int:
-    """Bytes that are left for the base beside all else that a rank holds in a step.
+    """Bytes that are left for the base next to all else that a rank holds in a step.
 
     These are shards and replicas, units while they are gathered, gradients and optimizer states, and activations.
     Where units do not go by class, all of the base counts as gathered at once.
