@@ -21,7 +21,8 @@ from adapter_step import Count, lora
 from rich.console import Console
 from rich.table import Table
 
-from trainer_fsdp_patch.inspecting import footprint, inventory, leaves
+from trainer_fsdp_patch.inspecting import inventory, leaves
+from trainer_fsdp_patch.measuring import footprint
 from trainer_fsdp_patch.packing import choosing
 from trainer_fsdp_patch.patching import registry
 from trainer_fsdp_patch.testing import check, forks, trial

@@ -27,7 +27,8 @@ import torch
 from adapter_step import Count, base, lora, vera
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch.inspecting import footprint, inventory
+from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.measuring import footprint
 from trainer_fsdp_patch.testing import check, forks, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
 

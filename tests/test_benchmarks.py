@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def line_of_page(*first: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-STEP, SCALE, PLANNING = load("adapter_step"), load("scale"), load("planning")
+# A benchmark may import another next to it, as a script does.
+sys.path.append(str(ROOT / "benchmarks"))
+STEP, SCALE, PLANNING, BUDGET = map(load, ("adapter_step", "scale", "planning", "base_budget"))
 
 of_these_releases = pytest.mark.skipif(
     any(map(versions.newer_than_tested, ("torch", "transformers", "accelerate", "peft"))), reason="other releases"
@@ -114,3 +117,16 @@ def test_the_largest_shapes_are_planned_on_meta(shape: str, adapter: dict[str, i
     assert outcome.extra["made"] == 0
     assert {role: count for role, count in outcome.extra["roles"].items() if role != "base"} == adapter
     assert outcome.extra["unit"] == [unit]
+
+
+@of_these_releases
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_the_counts_of_budgets_are_those_of_the_page(monkeypatch: pytest.MonkeyPatch, fsdp: int) -> None:
+    monkeypatch.setattr(BUDGET, "STEPS", 2)
+    [(configure, name), *_] = BUDGET.NAMES.items()
+    fresh = BUDGET.rows(configure, fsdp, BUDGET.compare(configure, fsdp, 1, ("25%", "100%", "DDP")))
+    page = (ROOT / "docs" / "base-budget.md").read_text().splitlines()
+    written = [[cell.strip() for cell in line.strip("|").split("|")] for line in page if line.startswith(f"| {name}, ")]
+    for cells in fresh:
+        [found] = [line for line in written if line[:2] == cells[:2]]
+        assert found[:-1] == cells[:-1]

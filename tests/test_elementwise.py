@@ -13,8 +13,8 @@ from cells import METHODS, Bench, Setup, trial
 from faults import FLAVOURS, packed, where
 
 from trainer_fsdp_patch.errors import AdapterError
+from trainer_fsdp_patch.inspecting import elementwise
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.planning import elementwise
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome, compare
 

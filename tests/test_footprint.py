@@ -15,7 +15,7 @@ from faults import FLAVOURS, fsdp2, packed, where
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.inspecting import units
-from trainer_fsdp_patch.inspecting.footprint import Footprint
+from trainer_fsdp_patch.measuring.footprint import Footprint
 from trainer_fsdp_patch.testing import beyond, case, forks, releases, trial
 
 RECORD = {(row["method"], row["fsdp"]): row for row in json.loads(footprints.DATA.read_text())}

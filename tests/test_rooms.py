@@ -14,11 +14,13 @@ PACKAGE = Path(trainer_fsdp_patch.__file__).parent
 ROOMS = (
     "testing",
     "preparing",
+    "adapting",
     "training",
     "resuming",
     "saving",
     "planning",
     "packing",
+    "measuring",
     "inspecting",
     "files",
     "ground",
@@ -28,12 +30,15 @@ DOOR = {"__init__", "__main__", "cli", "gates"}
 """Modules that open the rooms to users and to patches; no room imports them."""
 
 TAGS = {
+    "adapting/residents.py": ["torch 2.8"],
     "casts.py": ["torch 2.4"],
     "inspecting/inventory.py": ["torch 2.5"],
     "inspecting/tuning.py": ["peft 0.15"],
+    "measuring/memory.py": ["torch 2.6"],
+    "inspecting/sharing.py": ["accelerate 1.6"],
     "planning/budget.py": ["accelerate 1.15", "torch 2.13"],
     "preparing/fsdp2.py": ["torch 2.7"],
-    "preparing/fsdp_plugin.py": ["accelerate 1.6", "accelerate 1.0", "accelerate 1.0"],
+    "preparing/fsdp_plugin.py": ["accelerate 1.0", "accelerate 1.0"],
     "preparing/layers.py": ["peft 0.20"],
     "resuming/optimizer_state.py": ["accelerate 1.7"],
     "resuming/resume.py": ["accelerate 1.7", "accelerate 1.9"],

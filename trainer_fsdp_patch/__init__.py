@@ -33,7 +33,11 @@ if os.path.isfile(os.path.join(_root, "setup.cfg")):
 
 
 def patch(
-    *names: str, strict: bool = False, adapter_placement: str | None = None, adapter_budget: int | None = None
+    *names: str,
+    strict: bool = False,
+    adapter_placement: str | None = None,
+    adapter_budget: int | None = None,
+    base_budget: int | str | None = None,
 ) -> Sequence[Status]:
     """Repair what is installed, at once or when it is imported; a second call changes nothing.
 
@@ -45,6 +49,9 @@ def patch(
             the largest trainable tensors. "replicate" shards none, "shard" all that FSDP can.
         adapter_budget: bytes that each rank may hold under "auto" of the replicated adapter, its gradients and its
             optimizer state. The default is 1 GiB, or a rank's share of the base where that is more.
+        base_budget: bytes that each rank may hold of the frozen base beyond its shards. As many FSDP units stay full as
+            fit, and are gathered no more. A number, a text such as "8GiB", a share such as "25%", or "auto" for what
+            the device has room for. By default none stays full.
 
     Returns:
         The state of every patch, as `status()` gives it. Where no target is imported yet, it is looked up when read.
@@ -56,14 +63,14 @@ def patch(
     """
     from trainer_fsdp_patch.patching import awaiting
 
-    set_up = adapter_placement is not None or adapter_budget is not None
+    set_up = any(setting is not None for setting in (adapter_placement, adapter_budget, base_budget))
     if not (names or strict or set_up) and awaiting.possible():
         return awaiting.arm()
     awaiting.fire()
     from trainer_fsdp_patch.patching import registry
     from trainer_fsdp_patch.planning import budget
 
-    budget.set_to(adapter_placement, adapter_budget)
+    budget.set_to(adapter_placement, adapter_budget, base_budget)
     return registry.patch(*names, strict=strict)
 
 

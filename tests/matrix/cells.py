@@ -33,7 +33,7 @@ with warnings.catch_warnings():
     from methods import METHODS, ON_ARCHITECTURES, ON_LLAMA
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.inspecting.footprint import Footprint
+from trainer_fsdp_patch.measuring.footprint import Footprint
 from trainer_fsdp_patch.testing import beyond, check, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup, Verdict
 
@@ -153,6 +153,7 @@ def reference_of(setup: Setup) -> Setup:
         sharded_checkpoint=False,
         wrap="",
         placement="auto",
+        budget="",
         ranks=1,
         batch=setup.batch,
         hybrid=False,

@@ -71,7 +71,8 @@ def fsdp_version(model: nn.Module) -> int:
     """Version of FSDP that has wrapped the model or a part of it, 0 where none has."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    if any(isinstance(parameter, dtensor()) for parameter in model.parameters()):
+    # Where the whole base is resident, FSDP2 has the root alone, and nothing in it.
+    if hasattr(model, "_get_fsdp_state") or any(isinstance(parameter, dtensor()) for parameter in model.parameters()):
         return 2
     return int(any(isinstance(module, FullyShardedDataParallel) for module in model.modules()))
 

@@ -59,6 +59,17 @@ def cannot_be_unit(model: nn.Module, ignored: Collection[int] = ()) -> Callable[
     return lambda module: id(module) in within or reaches_outside([module], shared)
 
 
+def has_nothing(model: nn.Module, ignored: Collection[int]) -> Callable[[nn.Module], bool]:
+    """Which modules hold nothing for FSDP, for a wrap policy of FSDP1, which would make empty units of them.
+
+    Args:
+        model: before it is wrapped.
+        ignored: parameters that FSDP will not own, by identity.
+    """
+    empty = {id(module) for module in model.modules() if not _owns(module, ignored)}
+    return lambda module: id(module) in empty
+
+
 def parts(model: nn.Module, walked: walk.Walk | None = None, among: Collection[nn.Module] = ()) -> set[int]:
     """Modules that work as a part of a unit only, by identity.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from trainer_fsdp_patch.bits import SIZES
@@ -11,6 +11,9 @@ from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, Inventory, 
 from trainer_fsdp_patch.names import PACKED
 from trainer_fsdp_patch.packing import units
 from trainer_fsdp_patch.packing.choosing import Candidate, candidates
+
+Originals = dict[str, tuple[TensorInfo, ...]]
+"""The tensors that move into a packed parameter, by its name."""
 
 REASON = "quantized: the layer's bytes are one frozen parameter"
 
@@ -38,7 +41,7 @@ def with_packed(
     taken: Inventory,
     asked: Asked,
     odd: Callable[[list[TensorInfo]], dict[str, str]],
-) -> list[TensorInfo]:
+) -> tuple[list[TensorInfo], Originals]:
     """The same tensors, with one for each layer that is packed in the place of those that move into it.
 
     Args:
@@ -46,15 +49,23 @@ def with_packed(
         taken: its inventory.
         asked: settings of the run.
         odd: gives the names of those tensors whose dtype their unit cannot take.
+
+    Returns:
+        The tensors, and those that each packed one stands for.
     """
     quantized = any(item.role == QUANTIZED or _is_integer_buffer(item) for item in tensors)
     if not quantized or asked.ranks == 1 or not units.is_followed(asked.fsdp_version):
-        return tensors
+        return tensors, {}
     chosen = candidates(taken, asked.barred)
     packed = _replaced(tensors, chosen, asked)
     refused = odd(packed)
     able = [item for item in chosen if f"{item.name}.{PACKED}" not in refused]
-    return packed if able == chosen else _replaced(tensors, able, asked)
+    packed = packed if able == chosen else _replaced(tensors, able, asked)
+    return packed, {f"{item.name}.{PACKED}": _named(tensors, item.names) for item in able}
+
+
+def _named(tensors: list[TensorInfo], names: Collection[str]) -> tuple[TensorInfo, ...]:
+    return tuple(item for item in tensors if item.name in names)
 
 
 def _replaced(tensors: list[TensorInfo], chosen: list[Candidate], asked: Asked) -> list[TensorInfo]:

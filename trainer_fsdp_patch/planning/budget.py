@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, QUANTIZED, TensorInfo
+from trainer_fsdp_patch.planning import residence
 
 PLACEMENTS = ("auto", "replicate", "shard")
 FLOOR = 2**30
@@ -25,28 +26,33 @@ class Settings:
             shards none, "shard" all that can be.
         adapter_budget: bytes that each rank may hold of the replicated adapter: parameters, gradients and optimizer
             state. None is 1 GiB, or a rank's share of the sharded base where that is more.
+        base_budget: what each rank may hold of the base beyond its shards; `residence` has the rule.
     """
 
     adapter_placement: str = "auto"
     adapter_budget: int | None = None
+    base_budget: int | str | None = None
 
 
 settings = Settings()
 
 
-def set_to(adapter_placement: str | None, adapter_budget: int | None) -> None:
+def set_to(adapter_placement: str | None, adapter_budget: int | None, base_budget: int | str | None = None) -> None:
     """Keep what a user sets; None leaves it as it is.
 
     Args:
         adapter_placement: one of `PLACEMENTS`.
         adapter_budget: bytes.
+        base_budget: bytes, a text of them, a share, or "auto".
 
     Raises:
         PlanError: it is no placement, or no number of bytes.
     """
     check_settings(adapter_placement or "auto", adapter_budget)
+    residence.check(base_budget)
     settings.adapter_placement = adapter_placement or settings.adapter_placement
     settings.adapter_budget = settings.adapter_budget if adapter_budget is None else adapter_budget
+    settings.base_budget = settings.base_budget if base_budget is None else base_budget
 
 
 def check_settings(adapter_placement: str, adapter_budget: int | None) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Collection, Container, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.bits import SIZES
-from trainer_fsdp_patch.inspecting.footprint import Footprint
 from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, TensorInfo
 from trainer_fsdp_patch.inspecting.units import parts
 from trainer_fsdp_patch.inspecting.walk import Walk
+from trainer_fsdp_patch.measuring.footprint import Footprint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,6 +131,37 @@ def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
         replicated=sum(size for name, size in replicated.items() if name in of_base),
         gathered=None if plan.units is None else _gathered(plan, plan.units, tensors, ranks, prefetched),
     )
+
+
+def gathered_twice(model: nn.Module, walked: Walk, layers: Collection[str], fsdp_version: int) -> set[str]:
+    """Names of the units that are gathered in the forward and in the backward pass, where they are freed in between.
+
+    FSDP2 gathers the embeddings ahead in the backward pass, which has no use for them where they are frozen.
+
+    Args:
+        model: before FSDP takes it.
+        walked: its modules.
+        layers: names of the modules that become units by class.
+        fsdp_version: 1 or 2.
+    """
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)() if fsdp_version == 2 else None
+    place = walked.places.get(id(embeddings))
+    return {*layers} if place is None else {*layers, walked.names[place]}
+
+
+def traffic(plan: Plan, twice: Collection[str], ranks: int, gathers: int) -> tuple[int, int]:
+    """How often a step gathers a unit, and the bytes of all of these, for one forward and one backward pass.
+
+    Args:
+        plan: whose units go by class.
+        twice: names of the units that are gathered in both passes; the root and the head are once.
+        ranks: that share one copy of the base.
+        gathers: how often a step gathers one of the former.
+    """
+    tensors = {item.tensor.name: item.tensor for item in plan.placements}
+    times = {home: gathers if home in twice else 1 for home, held in plan.units or () if held}
+    sizes = {home: _unit(plan, [tensors[name] for name in held], ranks) for home, held in plan.units or ()}
+    return sum(times.values()), sum(count * sizes[home] for home, count in times.items())
 
 
 def _share(plan: Plan, tensor: TensorInfo, ranks: int, *, padded: bool) -> int:

@@ -21,10 +21,12 @@ from trainer_fsdp_patch.inspecting.inventory import (
 from trainer_fsdp_patch.inspecting.tuning import copied_modules, of_class
 from trainer_fsdp_patch.inspecting.walk import Walk
 from trainer_fsdp_patch.packing import planned
-from trainer_fsdp_patch.planning import budget, expecting
+from trainer_fsdp_patch.planning import budget, dtypes, expecting, residence
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from trainer_fsdp_patch.measuring.memory import Room
 
 Choice = TypeVar("Choice")
 Result = TypeVar("Result")
@@ -61,6 +63,7 @@ class Plan:
         reasons: one sentence for each flag that differs from what was asked, and one for trainable tensors that are
             sharded.
         units: the expected units of FSDP and what each shards, the root first. None where they do not go by class.
+        resident: units that base_budget keeps full on each rank, and what of each.
     """
 
     fsdp_version: int
@@ -70,6 +73,7 @@ class Plan:
     autocast: str | None
     reasons: tuple[str, ...]
     units: expecting.Units | None = None
+    resident: expecting.Units = ()
 
     @property
     def ignored(self) -> tuple[Placement, ...]:
@@ -114,6 +118,8 @@ class Plan:
             roles = Counter(item.tensor.role for item in kept)
             detail = ", ".join(f"{count} {role}" for role, count in sorted(roles.items()))
             parts.append(f"{placement} {self.nbytes(placement) / 2**20:.1f} MiB ({detail or 'nothing'})")
+        if self.resident:
+            parts.append(f"{len(self.resident)} units of the base resident")
         return "; ".join(parts)
 
 
@@ -128,7 +134,10 @@ def make_plan(
     units: Iterable[str] | None = None,
     adapter_placement: str | None = None,
     adapter_budget: int | None = None,
+    base_budget: int | str | None = None,
     ranks: int = 1,
+    gathers: int = 2,
+    room: Room | None = None,
     unsharded: str = "",
     inventory: Inventory | None = None,
 ) -> Plan:
@@ -145,7 +154,11 @@ def make_plan(
         adapter_placement: "auto", "replicate" or "shard", for trainable tensors; None is what `patch()` was given.
         adapter_budget: bytes that a replicated adapter may cost each rank under "auto", with its gradients and its
             optimizer state. None is what `patch()` was given.
+        base_budget: bytes that each rank may hold of the base beyond its shards. It is a number, a text such as "8GiB"
+            or "25%", "auto", or None for what `patch()` was given.
         ranks: over which FSDP shards.
+        gathers: how often a step gathers a layer; once where it stays gathered from the forward to the backward pass.
+        room: what each rank has room for under "auto"; None asks the device of this process.
         unsharded: why no trainable tensor may be sharded, or "".
         inventory: of the model, where it was taken already.
 
@@ -163,15 +176,15 @@ def make_plan(
     roots = _roots(model, inventory.walked, units)
 
     def odd_in(tensors: list[TensorInfo]) -> dict[str, str]:
-        return odd_dtypes(tensors, roots) if fsdp_version == 1 else {}
+        return dtypes.odd_dtypes(tensors, roots) if fsdp_version == 1 else {}
 
-    barred = users | set(shared_by_units(tensors, roots))
-    compute, reasons = _param_dtype(tensors, users, amp, param_dtype)
+    barred = users | set(dtypes.shared_by_units(tensors, roots))
+    compute, reasons = dtypes.param_dtype(tensors, users, amp, param_dtype)
     known = set(roots)
     within = planned.Asked(fsdp_version, compute, ranks, barred, lambda name: expecting.nearest(name, known))
-    tensors = planned.with_packed(tensors, inventory, within, odd_in)
+    tensors, originals = planned.with_packed(tensors, inventory, within, odd_in)
     odd = odd_in(tensors)
-    odd |= shared_by_units(tensors, roots)
+    odd |= dtypes.shared_by_units(tensors, roots)
     further = inventory.further_names()
     asked = budget.Settings(
         adapter_placement or budget.settings.adapter_placement,
@@ -189,18 +202,29 @@ def make_plan(
     # No name is in both, and `_decide` asks for the role of a tensor before it reads the entry.
     placements = tuple(_decide(tensor, users, odd | large, fsdp_version) for tensor in tensors)
     if not any(item.placement == SHARD for item in placements):
-        raise PlanError(
-            "ignored_modules" if users else "fsdp",
-            "no parameter of the model is left to shard",
-            "FSDP has nothing to do",
-            "Ignore fewer modules, or train without FSDP",
-            setting="ignored_modules" if users else "fsdp",
-        )
+        _refuse_nothing("ignored_modules" if users else "fsdp")
     flag = _orig_params(fsdp_version, use_orig_params)
-    held = [item.tensor for item in placements if item.placement == SHARD and item.tensor.kind == "parameter"]
-    names = {tensor.name: (*tensor.names, *further.get(tensor.name, ())) for tensor in held}
-    cut = expecting.units(model, inventory.walked, names, roots, fsdp_version)
-    return Plan(fsdp_version, placements, flag, compute, amp, (*reasons, *said), cut)
+    names = {item.name: (*item.names, *further.get(item.name, ())) for item in tensors if item.kind == "parameter"}
+    held = [item.tensor.name for item in placements if item.placement == SHARD and item.tensor.name in names]
+    cut = expecting.units(model, inventory.walked, {name: names[name] for name in held}, roots, fsdp_version)
+    plan = Plan(fsdp_version, placements, flag, compute, amp, (*reasons, *said), cut)
+    wanted = residence.asked(base_budget, budget.settings.base_budget)
+    # Where units go by size, the layers of the model are what a budget keeps.
+    layers = roots or _roots(model, inventory.walked, None)
+    if wanted is None:
+        return plan
+    base = residence.Base(model, inventory.walked, names, layers, originals)
+    return residence.budgeted(plan, base, wanted, ranks, gathers, room)
+
+
+def _refuse_nothing(setting: str) -> None:
+    raise PlanError(
+        setting,
+        "no parameter of the model is left to shard",
+        "FSDP has nothing to do",
+        "Ignore fewer modules, or train without FSDP",
+        setting=setting,
+    )
 
 
 def _known(setting: str, value: Choice, supported: Mapping[Choice, Result]) -> Result:
@@ -229,18 +253,13 @@ def _decide(tensor: TensorInfo, users: set[str], odd: dict[str, str], fsdp_versi
         return Placement(tensor, REPLICATE, "buffer: FSDP never shards buffers")
     if tensor.name in users:
         return Placement(tensor, REPLICATE, "in the user's ignored_modules")
-    if tensor.role == QUANTIZED and not shardable(tensor):
+    if tensor.role == QUANTIZED and not dtypes.shardable(tensor):
         return Placement(tensor, REPLICATE, f"stored as {tensor.dtype} in a quantized layer, which FSDP cannot shard")
     if tensor.name in odd:
         return Placement(tensor, REPLICATE, odd[tensor.name])
     if planned.is_packed(tensor):
         return Placement(tensor, SHARD, f"{planned.REASON}, sharded by FSDP{fsdp_version}")
     return Placement(tensor, SHARD, f"frozen base weight: sharded by FSDP{fsdp_version}")
-
-
-def shardable(tensor: TensorInfo) -> bool:
-    """Whether a tensor of a quantized layer can go into a unit: the float-stored ones can."""
-    return tensor.dtype in ("float32", "bfloat16", "float16")
 
 
 def _copies(inventory: Inventory) -> set[str]:
@@ -263,69 +282,3 @@ def _homes(tensors: list[TensorInfo], further: dict[str, list[str]], roots: list
         for tensor in tensors
         if tensor.role == ADAPTER
     }
-
-
-def shared_by_units(tensors: list[TensorInfo], roots: list[str]) -> dict[str, str]:
-    """Frozen parameters that several FSDP units share, as LoRA's layer_replication has them, with the reason.
-
-    Args:
-        tensors: of the model.
-        roots: canonical names of the modules that become units.
-    """
-    shared = {}
-    known = set(roots)
-    for tensor in tensors:
-        if len(tensor.names) == 1 or tensor.kind != "parameter" or tensor.role == ADAPTER:
-            continue
-        units = sorted({expecting.nearest(name, known) for name in tensor.names})
-        if len(units) > 1:
-            shared[tensor.name] = f"shared by {len(units)} units, such as {units[0] or 'the root'} and {units[1]}"
-    return shared
-
-
-def odd_dtypes(tensors: list[TensorInfo], roots: list[str]) -> dict[str, str]:
-    """Frozen parameters whose dtype is not the prevailing one of their FSDP1 unit, with the reason.
-
-    FSDP1 flattens a unit into one tensor, so it takes one dtype only. The smaller part stays replicated.
-
-    Args:
-        tensors: of the model.
-        roots: canonical names of the modules that become units.
-    """
-    groups: dict[str, list[TensorInfo]] = {}
-    known = set(roots)
-    for tensor in tensors:
-        if tensor.kind == "parameter" and tensor.role in (BASE, QUANTIZED) and shardable(tensor):
-            groups.setdefault(expecting.nearest(tensor.name, known), []).append(tensor)
-    odd = {}
-    for unit, members in groups.items():
-        sizes: Counter[str] = Counter()
-        for tensor in members:
-            sizes[tensor.dtype] += tensor.nbytes
-        main = sizes.most_common(1)[0][0]
-        for tensor in members:
-            if tensor.dtype != main:
-                odd[tensor.name] = f"{tensor.dtype} in the {main} unit {unit or 'at the root'}; FSDP1 takes one dtype"
-    return odd
-
-
-def _param_dtype(
-    tensors: list[TensorInfo], users: set[str], amp: str | None, asked: str | None
-) -> tuple[str | None, tuple[str, ...]]:
-    """Dtype of units: packed weights must not be cast, so their storage dtype decides."""
-    packed = [item for item in tensors if item.role == QUANTIZED and shardable(item) and item.name not in users]
-    packed = [tensor for tensor in packed if len(tensor.shape) == 2 and tensor.shape[-1] == 1]
-    stored = sorted({tensor.dtype for tensor in packed})
-    wanted = asked or amp
-    if not stored or wanted is None or stored == [wanted]:
-        return wanted, ()
-    if len(stored) > 1 or asked is not None:
-        raise PlanError(
-            "mixed_precision_policy.param_dtype" if asked else "bnb_4bit_quant_storage",
-            f"{wanted} is asked for while {packed[0].name} packs its weights into {' and '.join(stored)}",
-            "The cast would change the packed bytes",
-            f"Use {stored[0]} for both",
-            setting="mixed_precision_policy" if asked else "bnb_4bit_quant_storage",
-        )
-    reason = f"param_dtype is {stored[0]}, not {wanted}: {packed[0].name} packs its weights into {stored[0]}"
-    return stored[0], (reason,)

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.inspecting import inventory, sharing
 from trainer_fsdp_patch.names import unwrap
-from trainer_fsdp_patch.preparing import fsdp_plugin, prepare
+from trainer_fsdp_patch.preparing import prepare
 from trainer_fsdp_patch.training import optimizer_groups
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def wrap_first(trainer: Trainer) -> None:
     if prepared is None or prepared.native:
         return
     plugin = accelerator.state.fsdp_plugin
-    if fsdp_plugin.version_of(plugin) == 2:
+    if sharing.version_of(plugin) == 2:
         trainer.create_optimizer()
         optimizer_groups.separate(trainer)
         trainer.model, trainer.optimizer = accelerator.prepare(trainer.model, trainer.optimizer)

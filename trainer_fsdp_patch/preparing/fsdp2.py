@@ -126,7 +126,9 @@ def fully_shard(
     if module is sharding.model:
         return upstream(module, **kwargs)
     modules = list(module) if isinstance(module, (list, tuple)) else [module]
-    if not all(_is_unit(item) and id(item) not in sharding.within for item in modules):
+    # What is resident is hidden, and leaves nothing to gather.
+    able = all(_is_unit(item) and id(item) not in sharding.within for item in modules)
+    if not able or not any(True for item in modules for _ in item.parameters()):
         return module
     if not units.reaches_outside(modules, sharding.others):
         return upstream(module, **kwargs)

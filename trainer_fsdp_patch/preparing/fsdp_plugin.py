@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.errors import PlanError, warn
 from trainer_fsdp_patch.inspecting import inventory, tuning, units
+from trainer_fsdp_patch.inspecting.sharing import gathers, shards, version_of
+from trainer_fsdp_patch.measuring import memory
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared
@@ -27,12 +29,6 @@ if TYPE_CHECKING:
 _ASKED = "_trainer_fsdp_patch_asked"
 _IGNORED = "_trainer_fsdp_patch_ignored"
 _POLICY = "_trainer_fsdp_patch_policy"
-
-
-def version_of(plugin: FullyShardedDataParallelPlugin) -> int:
-    """FSDP's version."""
-    # until accelerate 1.6: it knows the first one only
-    return int(getattr(plugin, "fsdp_version", 1))
 
 
 def remember_arguments(plugin: FullyShardedDataParallelPlugin, asked: dict[str, object]) -> None:
@@ -125,6 +121,7 @@ def plan_for(
     policy: Policy | None,
     unsharded: str,
     taken: inventory.Inventory,
+    room: memory.Room | None = None,
 ) -> Plan:
     """Plan from accelerate's plugin.
 
@@ -135,6 +132,7 @@ def plan_for(
         policy: the user's own mixed-precision policy, or None.
         unsharded: why no trainable tensor may be sharded, or "".
         taken: the model's inventory.
+        room: what the rank with the least has room for, where base_budget asks for it.
 
     Raises:
         PlanError: a setting contradicts the model.
@@ -152,6 +150,8 @@ def plan_for(
         param_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         units=unit_classes(plugin),
         ranks=shards(accelerator, plugin),
+        gathers=gathers(plugin),
+        room=room,
         unsharded=unsharded,
         inventory=taken,
     )
@@ -168,28 +168,6 @@ def plan_for(
                 setting="mixed_precision_policy",
             )
     return plan
-
-
-def shards(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> int:
-    """Number of ranks over which FSDP shards one copy of the base; fewer than all where groups hold one each.
-
-    Args:
-        accelerator: the run's.
-        plugin: accelerate's FullyShardedDataParallelPlugin.
-    """
-    import torch
-
-    mesh = getattr(accelerator, "torch_device_mesh", None)
-    if getattr(accelerator, "parallelism_config", None) is not None and mesh is not None:
-        return int(mesh["dp_shard_cp"].size())
-    strategy = str(getattr(plugin, "sharding_strategy", None))
-    if "NO_SHARD" in strategy:
-        return 1
-    if "HYBRID" not in strategy:
-        return int(accelerator.num_processes)
-    # FSDP1 takes the devices of a machine for a group.
-    devices = getattr(torch, accelerator.device.type).device_count()
-    return min(int(accelerator.num_processes), max(1, int(devices)))
 
 
 def set_flags(prepared: Prepared, plugin: FullyShardedDataParallelPlugin, explicit: Policy | None) -> None:
@@ -243,8 +221,10 @@ def _wrap_policy(prepared: Prepared, plugin: FullyShardedDataParallelPlugin) -> 
     model, wanted = prepared.model(), set(prepared.sharded_names)
     plugin.auto_wrap_policy = _users_policy(plugin)
     plugin.set_auto_wrap_policy(model)
-    if getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is size_based_auto_wrap_policy:
-        barred = units.cannot_be_unit(model, {id(tensor) for tensor in prepared.tensors})
+    by_size = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is size_based_auto_wrap_policy
+    if plugin.auto_wrap_policy is not None and (by_size or prepared.plan.resident):
+        ask = units.cannot_be_unit if by_size else units.has_nothing
+        barred = ask(model, {id(tensor) for tensor in prepared.tensors})
         plugin.auto_wrap_policy = functools.partial(_allowed, policy=plugin.auto_wrap_policy, barred=barred)
     if not wanted:
         return
@@ -293,7 +273,8 @@ def _ignored(prepared: Prepared) -> list[nn.Module]:
     covering = []
     for module in prepared.model().modules():
         held = [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
-        if held and known.issuperset(held):
+        # FSDP1 warns where it is to ignore its root, all of which is resident.
+        if module is not prepared.model() and held and known.issuperset(held):
             covering.append(module)
     covered = {id(tensor) for module in covering for tensor in (*module.parameters(), *module.buffers())}
     # What is left shares its modules with base weights, which FSDP1 would ignore with them.

@@ -7,10 +7,12 @@ import logging
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import agreement, collectives
+from trainer_fsdp_patch.adapting import residents
 from trainer_fsdp_patch.errors import AdapterError, PlanError
-from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.inspecting import elementwise, inventory, sharing
+from trainer_fsdp_patch.measuring import memory
 from trainer_fsdp_patch.packing import choosing
-from trainer_fsdp_patch.planning import budget, elementwise
+from trainer_fsdp_patch.planning import budget, residence
 from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_for
 from trainer_fsdp_patch.preparing import base_weights, fsdp_plugin, later
@@ -65,10 +67,15 @@ def prepare(trainer: Trainer, model: nn.Module, *, training: bool = False) -> Pr
     plugin = accelerator.state.fsdp_plugin
     fsdp_plugin.warn_of_flag(plugin, trainer.args.fsdp_config or {})
     explicit = fsdp_plugin.explicit_policy(accelerator, plugin)
-    why = elementwise.why_not(trainer, fsdp_plugin.version_of(plugin), budget.settings.adapter_placement)
-    plan = fsdp_plugin.plan_for(model, accelerator, plugin, explicit, why, taken)
+    why = elementwise.why_not(trainer, sharing.version_of(plugin), budget.settings.adapter_placement)
+    room = None
+    if residence.asked(None, budget.settings.base_budget) == residence.AUTO:
+        room = memory.least(memory.room(model, accelerator.device, trainer.args), accelerator.device)
+    plan = fsdp_plugin.plan_for(model, accelerator, plugin, explicit, why, taken, room)
     prepared = settle(accelerator, Prepared(model, plan, data_parallel_groups(accelerator), taken), taken)
     fsdp_plugin.set_flags(prepared, plugin, explicit)
+    if room is not None and plan.fsdp_version == 2:
+        residents.watch(prepared, accelerator.device)
     optimizer_groups.separate(trainer)
     return prepared
 
@@ -152,7 +159,7 @@ def agree(prepared: Prepared, device: torch.device) -> None:
     Raises:
         AdapterError: on all ranks, naming the first setting that differs, or the first tensor.
     """
-    settings: dict[str, object] = {}
+    settings: dict[str, object] = {"base_budget": [home for home, _ in prepared.plan.resident]}
     for adapter, config in getattr(prepared.model(), "peft_config", {}).items():
         values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
         settings |= {f"peft_config[{adapter!r}].{key}": _plain(values[key]) for key in {*values} - _LOCAL}
@@ -165,7 +172,7 @@ def agree(prepared: Prepared, device: torch.device) -> None:
             name,
             f"{here} on rank 0 and {there} on rank {rank}",
             "One adapter cannot be trained from different ones",
-            "Give every rank the same adapter configuration",
+            f"Give every rank the same {'base_budget' if name == 'base_budget' else 'adapter configuration'}",
             tensor=name,
         )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import agreement
 from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.measuring import footprint
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 from trainer_fsdp_patch.shadowing import shadowed
@@ -103,8 +104,51 @@ def to_load(
     held = _hold(prepared, optim_state_dict, numbers=True) if _is_full(model) else optim_state_dict
     # Upstream may load it too, with `load_directly`.
     load = functools.partial(_load_released, optim.load_state_dict)
+    # FSDP1 asks its first unit for what it is to do, and has none where the whole base is resident.
+    if not footprint.units(model):
+        upstream = _without_units
     with shadowed(optim, load_state_dict=load):
         return _release(upstream(model, optim, held, *args, **kwargs))
+
+
+def _without_units(
+    model: nn.Module,
+    optim: torch.optim.Optimizer,
+    optim_state_dict: StateDict | None,
+    is_named_optimizer: bool = False,
+    load_directly: bool = False,
+    group: object = None,
+) -> StateDict:
+    """What FSDP1 would make of a checkpoint by names if it had no unit: the same by the optimizer's numbers.
+
+    Args:
+        model: as wrapped by FSDP1.
+        optim: the optimizer.
+        optim_state_dict: of the checkpoint, by names; empty on ranks that get it from rank 0.
+        is_named_optimizer: without meaning here.
+        load_directly: whether the optimizer loads it too.
+        group: without meaning here.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    settings = FullyShardedDataParallel.get_state_dict_type(model).optim_state_dict_config
+    given = optim_state_dict or {}
+    if getattr(settings, "rank0_only", False):
+        given = agreement.from_main(given, "load of the optimizer")
+    stepped = [parameter for group in optim.param_groups for parameter in group["params"]]
+    places = {id(parameter): place for place, parameter in enumerate(stepped)}
+    named = model.named_parameters(remove_duplicate=False)
+    numbers = {canonical(name): places[id(item)] for name, item in named if id(item) in places}
+    loaded: StateDict = {
+        "state": {numbers[canonical(name)]: state for name, state in given["state"].items()},
+        "param_groups": [
+            {**group, "params": sorted(numbers[canonical(name)] for name in group["params"])}
+            for group in given["param_groups"]
+        ],
+    }
+    if load_directly:
+        optim.load_state_dict(loaded)
+    return loaded
 
 
 def _is_full(model: nn.Module) -> bool:

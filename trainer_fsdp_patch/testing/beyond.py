@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from trainer_fsdp_patch.inspecting.footprint import Footprint
+from trainer_fsdp_patch.measuring.footprint import Footprint
 
 _SAID = {
     "units": "FSDP units hold the base",

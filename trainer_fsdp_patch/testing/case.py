@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch.inspecting.footprint import Footprint
+from trainer_fsdp_patch.measuring.footprint import Footprint
 from trainer_fsdp_patch.testing import beyond
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Setup:
         dtype: of the base model; amp: mixed precision, "no" or "bf16".
         storage: "" for an unquantized base, "8bit", or the quant_storage of a 4-bit one by bitsandbytes.
         kind: of the latter, "nf4" or "fp4", with "double" for quantized constants.
-        placement: adapter_placement of `patch()`.
+        placement, budget: adapter_placement and base_budget of `patch()`; "" is none of the latter.
         quantizer: another one than bitsandbytes, for the tests' own loader.
         use_orig_params, activation_checkpointing, ram_efficient: of FSDP.
         sharded_checkpoint: whether checkpoints are SHARDED_STATE_DICT.
@@ -60,6 +60,7 @@ class Setup:
     kind: str = "nf4"
     quantizer: str = ""
     placement: str = "auto"
+    budget: str = ""
 
     @property
     def tolerance(self) -> float:

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch.inspecting.footprint import Footprint
+from trainer_fsdp_patch.measuring.footprint import Footprint
 from trainer_fsdp_patch.testing import beyond, case, forks, trial
 from trainer_fsdp_patch.testing.case import Setup
 

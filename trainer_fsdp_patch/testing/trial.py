@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer_fsdp_patch.inspecting import footprint, inventory
-from trainer_fsdp_patch.inspecting.footprint import Footprint
+from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.measuring import footprint
+from trainer_fsdp_patch.measuring.footprint import Footprint
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning import expecting
 from trainer_fsdp_patch.planning.prepared import prepared_by
@@ -162,7 +163,7 @@ def enter(setup: case.Setup, folder: str, ranks: int, *, patched: bool) -> Train
 
     torch.set_num_threads(1)
     if patched:
-        trainer_fsdp_patch.patch(strict=True, adapter_placement=setup.placement)
+        trainer_fsdp_patch.patch(strict=True, adapter_placement=setup.placement, base_budget=setup.budget or None)
     releases.environment()
     given = arguments(setup, folder, ranks)
     if ranks > 1 and setup.fsdp and given.device.type == "cpu":

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from trainer_fsdp_patch.inspecting import footprint, inventory
+from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.measuring import footprint
 from trainer_fsdp_patch.packing import refusing
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
 from trainer_fsdp_patch.saving import gathering

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from trainer_fsdp_patch.inspecting import footprint
+from trainer_fsdp_patch.measuring import footprint
 from trainer_fsdp_patch.names import unwrap
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch import buckets, casts, collectives
 from trainer_fsdp_patch.errors import AdapterError
-from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.inspecting import elementwise, inventory
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.planning import elementwise
 from trainer_fsdp_patch.planning.prepared import Prepared, held_by, prepared_for
 from trainer_fsdp_patch.saving import liveness
 from trainer_fsdp_patch.training import gradients

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.inspecting import leaves
-from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, TensorInfo
+from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, TensorInfo, fsdp_version
 from trainer_fsdp_patch.names import PACKED, canonical
 from trainer_fsdp_patch.shadowing import shadowed
 
@@ -289,19 +289,20 @@ class Watch:
         return held
 
     def footprint(self, collectives: int | None = None, before: Footprint | None = None) -> Footprint | None:
-        """What has been seen, between steps; None where FSDP has no unit of the model.
+        """What has been seen, between steps; None where FSDP has not taken the model.
 
         Args:
             collectives: of the last step.
             before: what was seen in the steps before; the larger numbers stay.
         """
-        if not self.units:
+        if not self.units and not fsdp_version(self.model):
             return None
         left, replicated = self.sample(), self.replicated()
         parts = [(unit.shards(), unit.of(self.base)) for unit in self.units]
         of_base = sum(size for name, size in replicated.items() if name in self.base)
         now = Footprint(
-            ranks=self.units[0].ranks,
+            # Without a unit there is one copy of the base on each rank.
+            ranks=self.units[0].ranks if self.units else 1,
             units=sum(bool(of_unit) for _, of_unit in parts),
             rest=left + sum(replicated.values()) + sum(unit.held() for unit in self.units),
             base=left + of_base + sum(shards[name] for shards, of_unit in parts for name in of_unit),

@@ -1,0 +1,1 @@
+"""What FSDP takes of a rank, and what memory a rank has left."""
