@@ -139,6 +139,19 @@ NAMES = {lora: "LoRA", vera: "VeRA"}
 CASES = [(configure, fsdp) for fsdp in (1, 2) for configure in NAMES]
 
 
+def show(title: str, heads: list[str], rows: list[list[str]], markdown: bool) -> None:
+    """Print a table, for a page or for a terminal."""
+    if markdown:
+        print("\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)))
+        return
+    table = Table(title=title, title_justify="left")
+    for head in heads:
+        table.add_column(head)
+    for cells in rows:
+        table.add_row(*cells)
+    Console(width=160).print(table)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -149,15 +162,7 @@ def main() -> None:
     check.import_targets()
     rows = [row(configure, fsdp, compare(configure, fsdp, given.repeat)) for configure, fsdp in CASES]
     heads = ["case", *(head for head, _, _ in COLUMNS.values())]
-    if given.markdown:
-        print("\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)))
-        return
-    table = Table(title=f"12 layers, width 512, 2 gloo ranks, medians of {given.repeat} runs", title_justify="left")
-    for head in heads:
-        table.add_column(head)
-    for cells in rows:
-        table.add_row(*cells)
-    Console(width=120).print(table)
+    show(f"12 layers, width 512, 2 gloo ranks, medians of {given.repeat} runs", heads, rows, given.markdown)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from adapter_step import Count, lora
-from rich.console import Console
-from rich.table import Table
+from adapter_step import Count, lora, show
 
 from trainer_fsdp_patch.inspecting import inventory, leaves
 from trainer_fsdp_patch.measuring import footprint
@@ -162,15 +160,7 @@ def main() -> None:
         forks.launch(lambda rank: Outcome(folder=write_base(Path(folder))), ranks=1)
         cases = [(kind, fsdp, ranks) for kind in KINDS for fsdp in (1, 2) for ranks in given.ranks]
         rows = [row(*case, folder, given.repeat) for case in cases]
-    if given.markdown:
-        print("\n".join(f"| {' | '.join(cells)} |" for cells in (HEADS, ["---"] * len(HEADS), *rows)))
-        return
-    table = Table(title="4 layers, width 256; stock / replicated / sharded", title_justify="left")
-    for head in HEADS:
-        table.add_column(head)
-    for cells in rows:
-        table.add_row(*cells)
-    Console(width=160).print(table)
+    show("4 layers, width 256; stock / replicated / sharded", HEADS, rows, given.markdown)
 
 
 if __name__ == "__main__":
