@@ -29,12 +29,12 @@ def load(name: str) -> Any:
 sys.path.append(str(ROOT / "benchmarks"))
 STEP, BUDGET = load("adapter_step"), load("base_budget")
 
-tested = pytest.mark.skipif(
+_tested = pytest.mark.skipif(
     any(map(versions.newer_than_tested, ("torch", "transformers", "accelerate", "peft"))), reason="other releases"
 )
 
 
-@tested
+@_tested
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 @pytest.mark.parametrize("configure", STEP.NAMES, ids=STEP.NAMES.get)
 def test_the_counts_of_a_step_and_of_a_save_are_those_of_the_page(
@@ -50,7 +50,7 @@ def test_the_counts_of_a_step_and_of_a_save_are_those_of_the_page(
     assert [written[place] for place in exact] == [fresh[place] for place in exact]
 
 
-@tested
+@_tested
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_the_counts_of_budgets_are_those_of_the_page(monkeypatch: pytest.MonkeyPatch, fsdp: int) -> None:
     monkeypatch.setattr(BUDGET, "STEPS", 2)
