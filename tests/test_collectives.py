@@ -100,6 +100,17 @@ def test_a_difference_is_named_on_all_ranks() -> None:
         assert text.startswith("swapped: its bits differ between ranks before saving, as do those of 0 more of 2")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_fingerprints_tell_apart_two_changed_signs(dtype: torch.dtype) -> None:
+    """The sign of the last number in a word is its top bit: modulo 2**64 two of them cancelled each other."""
+    tensor = torch.randn(4096, generator=torch.Generator().manual_seed(0)).to(dtype)
+    step = 8 // dtype.itemsize
+    for place in (2 * step - 1, 300 * step - 1, 257 * step - 1):
+        other = tensor.clone()
+        other[[step - 1, place]] *= -1
+        assert not torch.equal(bits.fingerprint(tensor), bits.fingerprint(other)), place
+
+
 def test_fingerprints_tell_apart_signs_of_zero_and_places() -> None:
     tensors = [torch.tensor(values) for values in ([0.0, 1.0], [-0.0, 1.0], [1.0, 0.0])]
     prints = {tuple(bits.fingerprint(tensor).tolist()) for tensor in tensors}
