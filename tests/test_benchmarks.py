@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from faults import FLAVOURS
 from trainer_fsdp_patch import versions
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
 
 
 def load(name: str) -> Any:
@@ -24,7 +27,7 @@ def load(name: str) -> Any:
     return module
 
 
-STEP = load("adapter_step")
+STEP, STEPS = load("adapter_step"), load("steps")
 
 
 @pytest.mark.skipif(
@@ -43,3 +46,21 @@ def test_the_counts_of_a_step_and_of_a_save_are_those_of_the_page(
     written = [cell.strip() for cell in line.strip("|").split("|")]
     exact = [0, *(place for place, name in enumerate(STEP.COLUMNS, 1) if name != "seconds")]
     assert [written[place] for place in exact] == [fresh[place] for place in exact]
+
+
+@pytest.mark.skipif(
+    any(map(versions.newer_than_tested, ("torch", "transformers", "accelerate", "peft"))), reason="other releases"
+)
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+@pytest.mark.parametrize("name", ["LoRA", "QVeRA"])
+def test_the_counts_next_to_ddp_and_one_process_are_those_of_the_page(tmp_path: Path, name: str, fsdp: int) -> None:
+    forks_take, STEPS.forks.TIMEOUT = STEPS.forks.TIMEOUT, 120.0
+    STEPS.base().save_pretrained(tmp_path)
+    given = argparse.Namespace(repeat=1, fsdp=[fsdp], budgets=[], steps=STEPS.WARM + 1)
+    fresh = STEPS.rows(name, STEPS.train(name, given, str(tmp_path)), [fsdp])
+    STEPS.forks.TIMEOUT = forks_take
+    page = (ROOT / "docs" / "measured.md").read_text()
+    assert [line[1] for line in fresh] == ["stock", "patched", "DDP", "floor"]
+    for case, side, _, _, *counts in fresh:
+        [line] = [line for line in page.splitlines() if line.startswith(f"| {case} | {side} |")]
+        assert [cell.strip() for cell in line.strip("|").split("|")][4:] == counts
