@@ -51,16 +51,18 @@ def test_the_counts_of_a_step_and_of_a_save_are_those_of_the_page(
 @pytest.mark.skipif(
     any(map(versions.newer_than_tested, ("torch", "transformers", "accelerate", "peft"))), reason="other releases"
 )
-@pytest.mark.parametrize("fsdp", FLAVOURS)
-@pytest.mark.parametrize("name", ["LoRA", "QVeRA"])
-def test_the_counts_next_to_ddp_and_one_process_are_those_of_the_page(tmp_path: Path, name: str, fsdp: int) -> None:
-    forks_take, STEPS.forks.TIMEOUT = STEPS.forks.TIMEOUT, 120.0
+@pytest.mark.parametrize(("name", "fsdp"), [("LoRA", 1), ("QVeRA", 2)])
+def test_the_counts_next_to_ddp_and_one_process_are_those_of_the_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, fsdp: int
+) -> None:
+    if fsdp not in FLAVOURS:
+        pytest.skip("this torch has no FSDP2 on a CPU")
+    monkeypatch.setattr(STEPS.forks, "TIMEOUT", 120.0)
     STEPS.base().save_pretrained(tmp_path)
     given = argparse.Namespace(repeat=1, fsdp=[fsdp], budgets=[], steps=STEPS.WARM + 1)
     fresh = STEPS.rows(name, STEPS.train(name, given, str(tmp_path)), [fsdp])
-    STEPS.forks.TIMEOUT = forks_take
     page = (ROOT / "docs" / "measured.md").read_text()
     assert [line[1] for line in fresh] == ["stock", "patched", "DDP", "floor"]
     for case, side, _, _, *counts in fresh:
         [line] = [line for line in page.splitlines() if line.startswith(f"| {case} | {side} |")]
-        assert [cell.strip() for cell in line.strip("|").split("|")][4:] == counts
+        assert [cell.strip() for cell in line.strip("|").split("|")][2:] == counts
