@@ -1,7 +1,7 @@
 """What a training step costs: stock, patched, DDP, and one process without either, in one run on two CPU ranks.
 
     python benchmarks/steps.py [--methods LoRA VeRA QLoRA QVeRA] [--fsdp 1 2] [--budgets 0 25 50 100] [--repeat 3]
-                               [--steps 8] [--width 512] [--keep FILE] [--markdown] [--plot FILE]
+                               [--steps 8] [--width 512] [--keep FILE] [--markdown] [--counts] [--plot FILE]
 
 Each round trains every side of every case in turn, so that all see the same machine. Shown are medians over the steps
 of all rounds, and the ratio to stock. The floor is one process with a rank's batch, alone on the machine. Counts come
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--keep", type=Path, help="lines of runs before, which those of this one replace or follow")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/measured.md")
+    parser.add_argument("--counts", action="store_true", help="leave out the times, which only a quiet machine has")
     parser.add_argument("--plot", help="file of a picture")
     given = parser.parse_args()
     if given.budgets and "base_budget" not in inspect.signature(trainer_fsdp_patch.patch).parameters:
@@ -195,11 +196,12 @@ def main() -> None:
     if given.keep:
         lines = kept(given.keep, lines)
     print(machine())
+    shown = [[*line[:2], *line[4:]] if given.counts else line for line in (HEADS, *lines)]
     if given.markdown:
-        print("\n".join(f"| {' | '.join(cells)} |" for cells in (HEADS, ["---"] * len(HEADS), *lines)))
+        print("\n".join(f"| {' | '.join(cells)} |" for cells in (shown[0], ["---"] * len(shown[0]), *shown[1:])))
     else:
-        widths = [max(len(line[place]) for line in (HEADS, *lines)) for place in range(len(HEADS))]
-        for line in (HEADS, *lines):
+        widths = [max(len(line[place]) for line in shown) for place in range(len(shown[0]))]
+        for line in shown:
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     if given.plot:
         draw(lines, given.plot)

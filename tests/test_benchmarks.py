@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from collections import Counter
@@ -38,7 +39,7 @@ def line_of_page(*first: str) -> list[str]:
 
 # A benchmark may import another next to it, as a script does.
 sys.path.append(str(ROOT / "benchmarks"))
-STEP, SCALE, PLANNING, BUDGET = map(load, ("adapter_step", "scale", "planning", "base_budget"))
+STEP, STEPS, SCALE, PLANNING, BUDGET = map(load, ("adapter_step", "steps", "scale", "planning", "base_budget"))
 
 of_these_releases = pytest.mark.skipif(
     any(map(versions.newer_than_tested, ("torch", "transformers", "accelerate", "peft"))), reason="other releases"
@@ -130,3 +131,21 @@ def test_the_counts_of_budgets_are_those_of_the_page(monkeypatch: pytest.MonkeyP
     for cells in fresh:
         [found] = [line for line in written if line[:2] == cells[:2]]
         assert found[:-1] == cells[:-1]
+
+
+@of_these_releases
+@pytest.mark.parametrize(("name", "fsdp"), [("LoRA", 1), ("QVeRA", 2)])
+def test_the_counts_next_to_ddp_and_one_process_are_those_of_the_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, fsdp: int
+) -> None:
+    if fsdp not in FLAVOURS:
+        pytest.skip("this torch has no FSDP2 on a CPU")
+    monkeypatch.setattr(STEPS.forks, "TIMEOUT", 120.0)
+    STEPS.base().save_pretrained(tmp_path)
+    given = argparse.Namespace(repeat=1, fsdp=[fsdp], budgets=[], steps=STEPS.WARM + 1)
+    fresh = STEPS.rows(name, STEPS.train(name, given, str(tmp_path)), [fsdp])
+    page = (ROOT / "docs" / "measured.md").read_text()
+    assert [line[1] for line in fresh] == ["stock", "patched", "DDP", "floor"]
+    for case, side, _, _, *counts in fresh:
+        [line] = [line for line in page.splitlines() if line.startswith(f"| {case} | {side} |")]
+        assert [cell.strip() for cell in line.strip("|").split("|")][2:] == counts

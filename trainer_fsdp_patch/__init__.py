@@ -80,9 +80,11 @@ def unpatch() -> None:
 
     if awaiting.disarm() is not None:
         return
+    from trainer_fsdp_patch import casts
     from trainer_fsdp_patch.patching import registry
     from trainer_fsdp_patch.planning import budget
 
+    casts.forget()
     budget.settings = budget.Settings()
     registry.unpatch()
 

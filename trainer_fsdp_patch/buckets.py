@@ -140,18 +140,19 @@ class Bucket:
         """Give parameters their averages: as views, or in tensors that a user or another package has put there."""
         import torch
 
+        own = [gradient for place in places if (gradient := gradients[place]) is not None]
         # Autograd's own gradients are no views. Whoever has put in a view reads what it is a view of.
+        if self._as_views and not any(map(torch.Tensor._is_view, own)):
+            try:
+                for place in places:
+                    self.parameters[place].grad = views[place]
+                return
+            except RuntimeError:
+                # Somebody has cast one parameter alone since the last average. The next one has new buffers.
+                self._stale = True
         for place in places:
             parameter, gradient = self.parameters[place], gradients[place]
-            if not self._as_views or (gradient is not None and gradient._is_view()):
-                parameter.grad = (torch.zeros_like(parameter) if gradient is None else gradient).copy_(views[place])
-                continue
-            try:
-                parameter.grad = views[place]
-            except RuntimeError:
-                # Somebody has cast this one alone since the last average. The next one has new buffers.
-                self._stale = True
-                parameter.grad = views[place].to(parameter.dtype)
+            parameter.grad = (torch.zeros_like(parameter) if gradient is None else gradient).copy_(views[place])
 
 
 class Buckets:
