@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -119,6 +121,19 @@ def test_a_layer_computes_the_same_and_saves_the_same(kind: str) -> None:
         assert same(saved[f"0.{key}"], value), key
     assert set(layer.state_dict()) - set(before) == {PACKED}
     assert not any(key in layer.state_dict() for key in record.moved)
+
+
+def test_a_full_state_dict_keeps_no_bytes() -> None:
+    """Of all layers, on rank 0, until the next forward: a full base."""
+    layer = quantized("4bit")
+    packed(layer)
+    bytes_of = stored(layer).numpy().copy()
+    freed = weakref.ref(bytes_of)
+    saved = state_dict.as_saved(nn.Sequential(layer), {f"0.{PACKED}": torch.from_numpy(bytes_of)})
+    assert "0.weight.absmax" in saved
+    del bytes_of
+    gc.collect()
+    assert freed() is None
 
 
 def same(one: Any, other: Any) -> bool:

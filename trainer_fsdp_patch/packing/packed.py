@@ -252,6 +252,8 @@ class Packed:
             yield
         finally:
             self.hide()
+            # The caller's memory goes with the caller.
+            self._views, self._storage = [], None
             if before is not None:
                 self.show(before)
 
