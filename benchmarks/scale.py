@@ -110,6 +110,7 @@ def phases(model, ranks):
     """
     plugin = SimpleNamespace(cpu_ram_efficient_loading=False, sync_module_states=False)
     accelerator = Accelerator(
+        mixed_precision="no",
         device=torch.device("cpu"),
         num_processes=ranks,
         # Which would write the embeddings, and these are on meta.

@@ -31,9 +31,9 @@ def load(name: str) -> Any:
 
 
 def line_of_page(*first: str) -> list[str]:
-    """Cells of the line of a table in docs/measured.md that begins with some cells."""
+    """Cells of the line of the first table in docs/measured.md that has one which begins with some cells."""
     begin = f"| {' | '.join(first)} |"
-    [line] = [line for line in (ROOT / "docs" / "measured.md").read_text().splitlines() if line.startswith(begin)]
+    line, *_ = [line for line in (ROOT / "docs" / "measured.md").read_text().splitlines() if line.startswith(begin)]
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
