@@ -36,8 +36,8 @@ def hide_layers(wrapped: Wrapped, instance: FSDPParamGroup, args: Args, kwargs: 
     return wrapped(*args, **kwargs)
 
 
-@patch.wrap("FSDPParamGroup._to_sharded_post_forward", "self", only=gates.packed_unit)
+@patch.wrap("FSDPParamGroup.reshard", "self", only=gates.packed_unit)
 def hide_layers_after_forward(wrapped: Wrapped, instance: FSDPParamGroup, args: Args, kwargs: Kwargs) -> object:
     """The same where what is left after a forward is a smaller group's shard."""
-    units.hide_group(instance)
+    units.hide_before_smaller(instance)
     return wrapped(*args, **kwargs)

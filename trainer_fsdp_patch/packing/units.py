@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from trainer_fsdp_patch.names import PACKED
 from trainer_fsdp_patch.packing.packed import Packed, packed_of
@@ -27,11 +27,14 @@ class _Part(NamedTuple):
 _PARTS: weakref.WeakKeyDictionary[FlatParamHandle, list[_Part]] = weakref.WeakKeyDictionary()
 
 
-def has_packed(unit: Any) -> bool:
-    """Whether a unit, of either version of FSDP, holds a packed layer."""
-    if hasattr(unit, "fsdp_params"):
-        return any(item._module_info.param_name == PACKED for item in unit.fsdp_params)
-    return bool(_parts(unit)) if hasattr(unit, "flat_param") else False
+def has_packed(unit: object) -> bool:
+    """Whether an object is a unit, of either version of FSDP, that holds a packed layer."""
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+    if isinstance(unit, FlatParamHandle):
+        return hasattr(unit, "flat_param") and bool(_parts(unit))
+    params = getattr(unit, "fsdp_params", None)
+    return isinstance(params, list) and any(_layer_of(item) is not None for item in params)
 
 
 def _parts(handle: FlatParamHandle) -> list[_Part]:
@@ -93,6 +96,16 @@ def hide_group(group: FSDPParamGroup) -> None:
         layer = _layer_of(item)
         if layer is not None:
             layer.hide()
+
+
+def hide_before_smaller(group: FSDPParamGroup) -> None:
+    """Hide the layers of a group of FSDP2 that keeps a smaller group's shard after a forward.
+
+    Args:
+        group: before it is resharded.
+    """
+    if group._use_post_forward_mesh:
+        hide_group(group)
 
 
 def _layer_of(item: FSDPParam) -> Packed | None:
