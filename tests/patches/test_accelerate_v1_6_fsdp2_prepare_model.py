@@ -8,6 +8,7 @@ from cells import METHODS, Bench, Setup, trial
 from faults import NO_SHARDS, canary, fault, fsdp2, packed, where
 
 from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.packing import state_dict
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome
 
@@ -37,12 +38,14 @@ def dtypes(patched: bool, setup: Setup, base: str, folder: str, rank: int) -> Ou
     model = METHODS["lora"](trial.load_base(base, setup))
     before = {name: item.detach().clone() for name, item in model.named_parameters() if not item.requires_grad}
     Trainer(model=model, args=given, train_dataset=trial.dataset(trial.STEPS * trial.BATCH)).train()
+    frozen = {name: item for name, item in model.named_parameters() if not item.requires_grad}
+    full = {name: item.full_tensor() if hasattr(item, "full_tensor") else item for name, item in frozen.items()}
+    # A quantized layer has its weight back from its packed bytes.
+    after = state_dict.as_saved(model, full)
     changed = []
-    for name, item in model.named_parameters():
-        if not item.requires_grad:
-            whole = item.full_tensor() if hasattr(item, "full_tensor") else item
-            same = whole.dtype == before[name].dtype and raw(whole).equal(raw(before[name]))
-            changed += [] if same else [f"{name} {whole.dtype}"]
+    for name, item in before.items():
+        same = after[name].dtype == item.dtype and raw(after[name]).equal(raw(item))
+        changed += [] if same else [f"{name} {after[name].dtype}"]
     return Outcome(extra={"changed": changed, "names": len(before)})
 
 
