@@ -13,6 +13,7 @@ from cells import METHODS, Bench, Setup, reference_of
 from faults import FLAVOURS, fsdp2, packed, where
 from test_benchmarks import ROOT, load
 
+from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome
 
@@ -55,6 +56,20 @@ def test_a_rank_holds_its_share(base: str, kind: str, fsdp: int, ranks: int) -> 
     rest = before.extra["base"] - total
     assert ours.extra["base"] - rest <= 1.02 * total / ranks
     assert ours.extra["collectives"] == before.extra["collectives"]
+    if ranks == 2:
+        assert_on_page(kind, fsdp, before, ours)
+
+
+def assert_on_page(kind: str, fsdp: int, *outcomes: Outcome) -> None:
+    """The counts of a run without and with packed layers are those of docs/quantized-bases.md."""
+    if any(map(versions.newer_than_tested, ("torch", "transformers", "accelerate", "peft"))):
+        return
+    page = (ROOT / "docs" / "quantized-bases.md").read_text().splitlines()
+    [line] = [line for line in page if line.startswith(f"| {kind} | FSDP{fsdp} | 2 |")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    for place, name in ((4, "base"), (5, "gathered"), (6, "nbytes")):
+        fresh = [QUANTIZED._number(name, [outcome]) for outcome in outcomes]
+        assert cells[place].split(" / ")[1:] == fresh, name
 
 
 @pytest.mark.parametrize("storage", ["uint8", "8bit"])
