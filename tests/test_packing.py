@@ -22,7 +22,7 @@ from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.inspecting.leaves import leaves
 from trainer_fsdp_patch.names import PACKED
-from trainer_fsdp_patch.packing import choosing, state_dict
+from trainer_fsdp_patch.packing import choosing, planned, state_dict
 from trainer_fsdp_patch.packing.packed import Packed, packed_layers, packed_of
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome
@@ -240,6 +240,19 @@ def test_what_a_user_ignores_and_what_is_trained_is_not_packed() -> None:
     assert [item.name for item in found] == ["1"]
     model[1].more = nn.Parameter(torch.ones(3))
     assert choosing.candidates(inventory.take(model), {"0.codes"}) == []
+
+
+@pytest.mark.parametrize("param_dtype", [None, "bfloat16"])
+def test_one_dtype_a_unit_where_fsdp2_takes_no_more(monkeypatch: pytest.MonkeyPatch, param_dtype: str | None) -> None:
+    """FSDP2 before torch 2.8, which no CPU runs: bytes that travel as bf16 cannot join a unit of fp32."""
+    trainer_fsdp_patch.patch()
+    taken = inventory.take(nn.Sequential(nn.Linear(16, 16).requires_grad_(False), Keeper(0)))
+    asked = planned.Asked(2, param_dtype, 2, set(), lambda name: "")
+    for old in (False, True):
+        monkeypatch.setattr(planned.versions, "at_least", lambda *_, old=old: not old)
+        tensors, originals = planned.with_packed(taken.tensors(), taken, asked, lambda _: {})
+        packed = [item.name for item in tensors if planned.is_packed(item)]
+        assert packed == list(originals) == ([] if old and param_dtype else ["1.packed_bytes"])
 
 
 WAYS = ["plain", "low", "half", "reentrant", "recomputed", "kept", "compiled", "one"]

@@ -36,6 +36,7 @@ TAGS = {
     "inspecting/tuning.py": ["peft 0.15"],
     "measuring/memory.py": ["torch 2.6"],
     "inspecting/sharing.py": ["accelerate 1.6"],
+    "packing/planned.py": ["torch 2.8"],
     "planning/budget.py": ["accelerate 1.15", "torch 2.13"],
     "preparing/fsdp2.py": ["torch 2.7"],
     "preparing/fsdp_plugin.py": ["accelerate 1.0", "accelerate 1.0"],

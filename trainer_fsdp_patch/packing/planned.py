@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
+from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.bits import SIZES
 from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, Inventory, TensorInfo
 from trainer_fsdp_patch.names import PACKED
@@ -58,10 +59,22 @@ def with_packed(
         return tensors, {}
     chosen = candidates(taken, asked.barred)
     packed = _replaced(tensors, chosen, asked)
-    refused = odd(packed)
+    refused = odd(packed).keys() | _mixed(packed, asked)
     able = [item for item in chosen if f"{item.name}.{PACKED}" not in refused]
     packed = packed if able == chosen else _replaced(tensors, able, asked)
     return packed, {f"{item.name}.{PACKED}": _named(tensors, item.names) for item in able}
+
+
+def _mixed(tensors: list[TensorInfo], asked: Asked) -> set[str]:
+    """Packed tensors whose unit holds other dtypes too, where FSDP2 takes one dtype a unit."""
+    # until torch 2.8
+    if asked.fsdp_version == 1 or versions.at_least("torch", "2.8.0"):
+        return set()
+    stored: dict[str, set[str]] = {}
+    for tensor in tensors:
+        if tensor.kind == "parameter" and tensor.role in (BASE, QUANTIZED):
+            stored.setdefault(asked.unit(tensor.name), set()).add(tensor.dtype)
+    return {item.name for item in tensors if is_packed(item) and len(stored[asked.unit(item.name)]) > 1}
 
 
 def _named(tensors: list[TensorInfo], names: Collection[str]) -> tuple[TensorInfo, ...]:
