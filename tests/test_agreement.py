@@ -9,7 +9,7 @@ import cells  # noqa: F401
 import pytest
 import torch
 import torch.distributed as dist
-from test_collectives import on_ranks
+from ranks import on_ranks
 
 from trainer_fsdp_patch import agreement, bits
 from trainer_fsdp_patch.errors import AdapterError

@@ -9,23 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer_fsdp_patch import buckets, collectives
-from trainer_fsdp_patch.testing import forks
-from trainer_fsdp_patch.testing.case import Outcome
 from trainer_fsdp_patch.training import gradients
-
-
-def on_ranks(function: Any, ranks: int) -> list[Any]:
-    def child(rank: int) -> Outcome:
-        dist.init_process_group("gloo")
-        return Outcome(extra={"result": function(rank)})
-
-    outcomes = forks.launch(child, ranks=ranks)
-    for outcome in outcomes:
-        assert not outcome.error, outcome.extra.get("traceback")
-    return [outcome.extra["result"] for outcome in outcomes]
 
 
 class Calls(TorchDispatchMode):  # type: ignore[misc]

@@ -10,22 +10,12 @@ import cells  # noqa: F401
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import on_ranks
 
 from trainer_fsdp_patch import agreement, bits, buckets, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome
-
-
-def on_ranks(function: Any, ranks: int) -> list[Any]:
-    def child(rank: int) -> Outcome:
-        dist.init_process_group("gloo")
-        return Outcome(extra={"result": function(rank)})
-
-    outcomes = forks.launch(child, ranks=ranks)
-    for outcome in outcomes:
-        assert not outcome.error, outcome.extra.get("traceback")
-    return [outcome.extra["result"] for outcome in outcomes]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

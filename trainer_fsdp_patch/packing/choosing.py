@@ -92,7 +92,7 @@ def candidates(taken: Inventory, barred: Iterable[str]) -> list[Candidate]:
     for name, layer in layers.items():
         names = frozenset(f"{name}.{key}" for key in _moving_keys(layer, shared))
         if names and not names & (barred | tied):
-            found.append(Candidate(name, layout(layer, shared)[0].nbytes, names))
+            found.append(Candidate(name, layout(layer, shared)[0], names))
     return found
 
 
@@ -104,11 +104,11 @@ def _moving_keys(layer: nn.Module, shared: set[Range]) -> set[str]:
     return keys | {key for key, parameter in layer._parameters.items() if id(parameter) in holders}
 
 
-def pack_layers(model: nn.Module, chosen: dict[str, tuple[int, str]]) -> None:
+def pack_layers(taken: Inventory, chosen: dict[str, tuple[int, str]]) -> None:
     """Pack the layers that a plan has chosen.
 
     Args:
-        model: before FSDP takes it.
+        taken: inventory of the model, before FSDP takes it.
         chosen: bytes of each, and the dtype that they are stored in, by canonical name of the layer.
 
     Raises:
@@ -116,12 +116,10 @@ def pack_layers(model: nn.Module, chosen: dict[str, tuple[int, str]]) -> None:
     """
     import torch
 
-    if not chosen:
-        return
-    layers = quantized_layers(inventory.take(model))
+    layers = quantized_layers(taken)
     shared = shared_ranges(layers.values())
     for name, (nbytes, _) in chosen.items():
-        here = layout(layers[name], shared)[0].nbytes if name in layers else 0
+        here = layout(layers[name], shared)[0] if name in layers else 0
         if here != nbytes:
             raise AdapterError(
                 name,

@@ -28,13 +28,11 @@ class View:
     """One tensor of a layer.
 
     Attributes:
-        path: of the first place that holds it.
         start: its first byte among those of the layer.
         shape, stride: in elements.
         dtype: as the quantizer has it.
     """
 
-    path: str
     start: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -56,20 +54,7 @@ class View:
         return part.view(self.dtype).as_strided(self.shape, self.stride)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The bytes of a layer.
-
-    Attributes:
-        nbytes: of all parts, with what aligns them.
-        views: one for each tensor that moves into them.
-    """
-
-    nbytes: int
-    views: tuple[View, ...]
-
-
-def layout(layer: nn.Module, shared: Collection[Range]) -> tuple[Layout, dict[int, View]]:
+def layout(layer: nn.Module, shared: Collection[Range]) -> tuple[int, dict[int, View]]:
     """How the tensors of a layer are laid out; those that other layers hold too stay as they are.
 
     Args:
@@ -77,7 +62,7 @@ def layout(layer: nn.Module, shared: Collection[Range]) -> tuple[Layout, dict[in
         shared: from `shared_ranges`.
 
     Returns:
-        The layout, and the view of each tensor by its identity.
+        Bytes of all parts, with what aligns them, and the view of each tensor that moves by its identity.
     """
     tensors = {id(leaf.tensor): leaf for leaf in leaves(layer) if is_movable(leaf, layer, shared)}
     ranges: list[tuple[int, int, int, list[Leaf]]] = []
@@ -95,9 +80,9 @@ def layout(layer: nn.Module, shared: Collection[Range]) -> tuple[Layout, dict[in
         for leaf in together:
             tensor = leaf.tensor
             at = offset + span(tensor)[1] - first
-            by_tensor[id(tensor)] = View(leaf.path, at, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+            by_tensor[id(tensor)] = View(at, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
         offset += -(-(last - first) // ALIGNED) * ALIGNED
-    return Layout(offset, tuple(by_tensor.values())), by_tensor
+    return offset, by_tensor
 
 
 def is_movable(leaf: Leaf, layer: nn.Module, shared: Collection[Range]) -> bool:

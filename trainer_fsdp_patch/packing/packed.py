@@ -64,8 +64,7 @@ class Packed:
         self.name, self.shown = name, False
         self.moved: dict[str, str] = {}
         self.shadows: list[str] = []
-        plan, by_tensor = layout(layer, shared)
-        self.nbytes = plan.nbytes
+        self.nbytes, by_tensor = layout(layer, shared)
         found = [leaf for leaf in leaves(layer) if id(leaf.tensor) in by_tensor]
         first = {id(leaf.tensor): leaf for leaf in reversed(found)}
         number = {tensor: index for index, tensor in enumerate(first)}

@@ -178,13 +178,13 @@ def make_plan(
     def odd_in(tensors: list[TensorInfo]) -> dict[str, str]:
         return dtypes.odd_dtypes(tensors, roots) if fsdp_version == 1 else {}
 
-    barred = users | set(dtypes.shared_by_units(tensors, roots))
+    shared = dtypes.shared_by_units(tensors, roots)
+    barred = users | set(shared)
     compute, reasons = dtypes.param_dtype(tensors, users, amp, param_dtype)
     known = set(roots)
     within = planned.Asked(fsdp_version, compute, ranks, barred, lambda name: expecting.nearest(name, known))
     tensors, originals = planned.with_packed(tensors, inventory, within, odd_in)
-    odd = odd_in(tensors)
-    odd |= dtypes.shared_by_units(tensors, roots)
+    odd = odd_in(tensors) | shared
     further = inventory.further_names()
     asked = budget.Settings(
         adapter_placement or budget.settings.adapter_placement,

@@ -101,7 +101,8 @@ def _settle(accelerator: Accelerator, prepared: Prepared, taken: inventory.Inven
     base_weights.synchronize(prepared, accelerator, taken)
     adapter_state.expect(model, prepared)
     materialize(prepared, accelerator.device, taken)
-    choosing.pack_layers(model, plan.packed)
+    if plan.packed:
+        choosing.pack_layers(taken.reread(), plan.packed)
     steps.watch(prepared, accelerator)
     keep(model, prepared)
     if accelerator.is_main_process:
