@@ -190,14 +190,15 @@ def test_a_tensor_that_was_kept_is_found_and_a_view_of_it_is_a_copy() -> None:
     for turn in range(5):
         full = stored(layer)
         record.show(full)
-        layer.kept = layer.state.scales
+        # Another attribute each time: what was found once is looked at in every turn.
+        setattr(layer, f"kept_{turn}", layer.state.scales)
         if not turn:
             layer.view = layer.codes.data[5:9]
             expected = layer.view.clone()
         record.hide()
         full.fill_(7)
         with pytest.raises(AdapterError):
-            layer.kept.sum()
+            getattr(layer, f"kept_{turn}").sum()
         assert torch.equal(layer.view, expected)
         assert layer.codes.shape == (1001,)
 
