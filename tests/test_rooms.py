@@ -18,6 +18,7 @@ ROOMS = (
     "training",
     "resuming",
     "saving",
+    "loading",
     "planning",
     "packing",
     "measuring",

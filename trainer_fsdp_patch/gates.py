@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.loading import streaming
 from trainer_fsdp_patch.packing.packed import none_packed
 from trainer_fsdp_patch.packing.units import has_packed
 from trainer_fsdp_patch.patching.wrapping import Gate, Kwargs
@@ -121,6 +122,22 @@ def resuming(instance: object, arguments: Kwargs) -> bool:
 
 sharding = Planned(fsdp2.is_sharding)
 """accelerate is making units of FSDP2 of a planned model."""
+
+
+def loads_quantized(instance: object, arguments: Kwargs) -> bool:
+    """A quantized model is loaded for FSDP by one rank of a machine, as `cpu_ram_efficient_loading` asks."""
+    return streaming.is_asked(arguments.get("hf_quantizer"))
+
+
+def reads_quantized(instance: object, arguments: Kwargs) -> bool:
+    """The same, where the quantizer is a part of the argument `load_config`."""
+    return streaming.is_asked(getattr(arguments.get("load_config"), "hf_quantizer", None))
+
+
+def quantized_waits(instance: object, arguments: Kwargs) -> bool:
+    """`model` is such a one, which no plan has taken over."""
+    given = arguments.get("model")
+    return not streaming.none_loaded() and inventory.is_module(given) and bool(streaming.loaded(given))
 
 
 def finds_batch_size(instance: object, arguments: Kwargs) -> bool:

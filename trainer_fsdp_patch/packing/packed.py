@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from trainer_fsdp_patch.errors import AdapterError
-from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.inspecting import blanks, inventory
 from trainer_fsdp_patch.inspecting.leaves import Leaf, Place, leaves, span
 from trainer_fsdp_patch.names import PACKED
 from trainer_fsdp_patch.packing.layout import Range, View, layout
@@ -80,6 +80,9 @@ class Packed:
         import torch
 
         own = leaf.tensor if type(leaf.tensor) is not torch.Tensor or vars(leaf.tensor) else None
+        if own is not None and own.is_meta:
+            # The `data` of a tensor on meta takes none of another device.
+            own = blanks.of_class(own, torch.empty(0, dtype=own.dtype))
         return Held(view, own, stand_in(leaf.tensor, f"{self.name}.{leaf.path}"))
 
     @property
@@ -306,7 +309,8 @@ def pack(layer: nn.Module, name: str, dtype: torch.dtype, shared: Collection[Ran
     import torch
 
     record = Packed(layer, name, shared)
-    device = record._values[0].device
+    # Small tensors are on each rank where a base's large ones are on one, or nowhere yet.
+    device = max(record._values, key=lambda value: value.nbytes).device
     stored = torch.zeros(-(-record.nbytes // dtype.itemsize), dtype=dtype, device=device)
     record.fill(stored.view(torch.uint8))
     record.take_over()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 from trainer_fsdp_patch import versions
@@ -83,7 +84,13 @@ def _named(tensors: list[TensorInfo], names: Collection[str]) -> tuple[TensorInf
 
 def _replaced(tensors: list[TensorInfo], chosen: list[Candidate], asked: Asked) -> list[TensorInfo]:
     moving = {name for item in chosen for name in item.names}
-    kept = [item for item in tensors if item.name not in moving]
+    layers = {item.name for item in chosen}
+    # What is left of a packed layer is saved and moved as any module's.
+    kept = [
+        replace(item, role=BASE) if item.module in layers and item.kind == "buffer" else item
+        for item in tensors
+        if item.name not in moving
+    ]
     dtype = _dtypes(kept, asked)
     return kept + [_packed(item.name, item.nbytes, dtype(f"{item.name}.{PACKED}")) for item in chosen]
 

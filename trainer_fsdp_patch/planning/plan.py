@@ -45,9 +45,13 @@ class Placement:
 
     @property
     def is_ignored(self) -> bool:
-        """Whether the tensor has to be kept out of FSDP. Base buffers that no state dict has are left to it."""
-        buffer = self.tensor.role == BASE and self.tensor.kind == "buffer"
-        return self.placement == REPLICATE and not (buffer and not self.tensor.persistent)
+        """Whether the tensor has to be kept out of FSDP.
+
+        Base buffers that no state dict has are left to it, and those that a quantizer's own `state_dict` reads.
+        """
+        tensor = self.tensor
+        left = tensor.role == QUANTIZED or (tensor.role == BASE and not tensor.persistent)
+        return self.placement == REPLICATE and not (tensor.kind == "buffer" and left)
 
 
 @dataclass(frozen=True)
@@ -249,7 +253,7 @@ def _decide(tensor: TensorInfo, users: set[str], odd: dict[str, str], fsdp_versi
         return Placement(tensor, REPLICATE, "trainable: full on every rank, its gradient averaged once per step")
     if tensor.role == PROJECTION:
         return Placement(tensor, REPLICATE, "frozen and owned by the adapter: full on every rank, bit for bit")
-    if tensor.kind == "buffer" and tensor.role == BASE:
+    if tensor.kind == "buffer":
         return Placement(tensor, REPLICATE, "buffer: FSDP never shards buffers")
     if tensor.name in users:
         return Placement(tensor, REPLICATE, "in the user's ignored_modules")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trainer_fsdp_patch import agreement, bits, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.inspecting.leaves import span
 from trainer_fsdp_patch.planning.prepared import Prepared
 
 if TYPE_CHECKING:
@@ -95,12 +96,12 @@ def _parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         return
     yield "", data
     pending = [("", tensor)] if inventory.is_quantized(tensor) else []
-    seen = {data.data_ptr()}
+    seen = {span(data)}
     while pending:
         prefix, owner = pending.pop()
         for key, value in sorted(getattr(owner, "__dict__", {}).items()):
-            if isinstance(value, torch.Tensor) and not value.is_meta and value.data_ptr() not in seen:
-                seen.add(value.data_ptr())
+            if isinstance(value, torch.Tensor) and span(value) not in seen:
+                seen.add(span(value))
                 yield f"{prefix}.{key}", value.data
             elif type(value).__name__ == "QuantState":
                 pending.append((f"{prefix}.{key}", value))

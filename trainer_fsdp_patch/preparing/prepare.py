@@ -10,6 +10,7 @@ from trainer_fsdp_patch import agreement, collectives
 from trainer_fsdp_patch.adapting import residents
 from trainer_fsdp_patch.errors import AdapterError, PlanError
 from trainer_fsdp_patch.inspecting import elementwise, inventory, sharing
+from trainer_fsdp_patch.loading import taking
 from trainer_fsdp_patch.measuring import memory
 from trainer_fsdp_patch.packing import choosing
 from trainer_fsdp_patch.planning import budget, residence
@@ -98,11 +99,13 @@ def settle(accelerator: Accelerator, prepared: Prepared, taken: inventory.Invent
 def _settle(accelerator: Accelerator, prepared: Prepared, taken: inventory.Inventory) -> Prepared:
     model, plan = prepared.model(), prepared.plan
     agree(prepared, accelerator.device)
+    taken = taking.give_replicated(prepared, taken, accelerator.device)
     base_weights.synchronize(prepared, accelerator, taken)
     adapter_state.expect(model, prepared)
     materialize(prepared, accelerator.device, taken)
     if plan.packed:
         choosing.pack_layers(taken.reread(), plan.packed)
+        taking.give_packed(prepared, accelerator)
     steps.watch(prepared, accelerator)
     keep(model, prepared)
     if accelerator.is_main_process:

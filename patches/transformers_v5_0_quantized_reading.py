@@ -1,0 +1,36 @@
+"""Reads a quantized base tensor by tensor, and reserves no accelerator memory for all of it, where layers leave it.
+
+Area: Start-up
+Issue: https://github.com/huggingface/accelerate/issues/3983
+Can be removed when: cpu_ram_efficient_loading is for quantized models too.
+"""
+
+from __future__ import annotations
+
+from trainer_fsdp_patch import gates
+from trainer_fsdp_patch.loading import streaming
+from trainer_fsdp_patch.patching.registry import Patch
+from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
+
+patch = Patch(__name__, versions="transformers>=5.0.dev0", target="transformers.modeling_utils")
+
+
+@patch.wrap(
+    "convert_and_load_state_dict_in_model",
+    "model", "state_dict", "load_config", "disk_offload_index",
+    only=gates.reads_quantized,
+)  # fmt: skip
+def read_in_turn(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
+    """Threads would load faster than layers are moved."""
+    with streaming.one_by_one():
+        return wrapped(*args, **kwargs)
+
+
+@patch.wrap(
+    "caching_allocator_warmup",
+    "model", "expanded_device_map", "hf_quantizer",
+    only=gates.loads_quantized,
+)  # fmt: skip
+def reserve_nothing(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
+    """Upstream reserves the bytes of the whole base at once."""
+    return None

@@ -1,0 +1,99 @@
+"""A quantized layer's large tensors are moved or left without bytes, wherever the quantizer keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from trainer_fsdp_patch.inspecting import blanks, inventory
+from trainer_fsdp_patch.inspecting.leaves import Leaf, leaves, span
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+KEPT = 1024
+"""Bytes up to which a tensor stays where it is on each rank: scales of a few rows, and tables that layers share."""
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether a layer has a parameter that is no plain floating-point one.
+
+    Args:
+        layer: of a base model; what its children have does not count.
+    """
+    own = [parameter for parameter in layer._parameters.values() if parameter is not None]
+    return any(inventory.is_quantized(item) or not item.is_floating_point() for item in own)
+
+
+def large(layer: nn.Module) -> Iterator[Leaf]:
+    """Places of a layer's tensors of more than `KEPT` bytes."""
+    for leaf in list(leaves(layer)):
+        _, start, end = span(leaf.tensor)
+        if end - start > KEPT:
+            yield leaf
+
+
+def is_plain(leaf: Leaf, layer: nn.Module) -> bool:
+    """Whether a tensor is one that FSDP shards or broadcasts by itself, such as a bias.
+
+    Args:
+        leaf: of the layer.
+        layer: its owner.
+    """
+    import torch
+
+    if leaf.place.holder is layer._buffers:
+        return leaf.tensor.is_floating_point()
+    ours = leaf.place.holder is layer._parameters and type(leaf.tensor) is torch.nn.Parameter
+    return ours and leaf.tensor.is_floating_point() and not inventory.is_quantized(leaf.tensor)
+
+
+def put(items: list[Leaf], device: torch.device | str) -> None:
+    """Have a layer's tensors on a device, in the same places: one for each, whatever number of places it is in.
+
+    Args:
+        items: places of one layer.
+        device: where their bytes go; on meta there is room for none, and from meta none come.
+    """
+    made: dict[tuple[int, int, int], torch.Tensor] = {}
+    objects: dict[int, torch.Tensor] = {}
+    for leaf in items:
+        tensor, where = leaf.tensor, span(leaf.tensor)
+        if tensor.device == torch_device(device):
+            continue
+        if id(tensor) not in objects:
+            # The same bytes under two names, as 8-bit layers have them, stay the same bytes.
+            value = made.get(where)
+            if value is None or _make_up(value) != _make_up(tensor):
+                made[where] = value = _moved(tensor, device)
+            objects[id(tensor)] = _of_class(tensor, value)
+        leaf.place.put(objects[id(tensor)])
+
+
+def torch_device(device: torch.device | str) -> torch.device:
+    """A device by its name, or as it is."""
+    import torch
+
+    return torch.device(device)
+
+
+def _make_up(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    import torch
+
+    room = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return room if room.is_meta or tensor.is_meta else room.copy_(tensor.detach())
+
+
+def _of_class(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The same object with another value, or a new one of its class where the device forbids that."""
+    import torch
+
+    if not tensor.is_meta and not value.is_meta and isinstance(tensor, torch.nn.Parameter):
+        tensor.data = value
+        return tensor
+    return blanks.of_class(tensor, value)
