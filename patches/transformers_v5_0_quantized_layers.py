@@ -1,4 +1,4 @@
-"""Takes a quantized layer off the accelerator as soon as it is loaded, and keeps its bytes on one rank of a machine.
+"""Takes each quantized layer off the accelerator once it is loaded; one rank of a machine keeps its bytes.
 
 Area: Start-up
 Issue: https://github.com/huggingface/accelerate/issues/3983
@@ -29,4 +29,28 @@ def take_off(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> 
     """The tensor is set where upstream has it, then its layer is moved."""
     result = wrapped(*args, **kwargs)
     streaming.settle(argument(args, kwargs, 0, "model"), argument(args, kwargs, 1, "target_name"))
+    return result
+
+
+@patch.wrap(
+    "WeightRenaming.convert",
+    "self", "layer_name", "model", "config", "hf_quantizer", "loading_info",
+    only=gates.loads_quantized,
+)  # fmt: skip
+def take_off_converted(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
+    """Some quantizers put a weight into its layer while it is converted."""
+    result = wrapped(*args, **kwargs)
+    streaming.settle(argument(args, kwargs, 1, "model"), argument(args, kwargs, 0, "layer_name"))
+    return result
+
+
+@patch.wrap(
+    "WeightConverter.convert",
+    "self", "layer_name", "model", "config", "hf_quantizer", "loading_info",
+    only=gates.loads_quantized,
+)  # fmt: skip
+def take_off_merged(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
+    """The same for a weight that is put together from several."""
+    result = wrapped(*args, **kwargs)
+    streaming.settle(argument(args, kwargs, 1, "model"), argument(args, kwargs, 0, "layer_name"))
     return result

@@ -27,12 +27,14 @@ from trainer_fsdp_patch.packing.packed import Packed, packed_layers, packed_of
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome
 
+CPU = torch.device("cpu")
+
 
 def packed(layer: nn.Module, dtype: str = "bfloat16") -> Packed:
     """Pack a layer alone in a model, as a plan would."""
     model = nn.Sequential(layer)
     [candidate] = choosing.candidates(inventory.take(model), ())
-    choosing.pack_layers(inventory.take(model), {candidate.name: (candidate.nbytes, dtype)})
+    choosing.pack_layers(inventory.take(model), {candidate.name: (candidate.nbytes, dtype)}, CPU)
     record = packed_of(layer)
     assert record is not None
     return record
@@ -219,7 +221,7 @@ def test_tables_that_layers_share_and_small_tensors_stay() -> None:
     first.state.more["shared"] = second.state.more["shared"] = table
     model = nn.Sequential(first, second)
     found = choosing.candidates(inventory.take(model), ())
-    choosing.pack_layers(inventory.take(model), {item.name: (item.nbytes, "float32") for item in found})
+    choosing.pack_layers(inventory.take(model), {item.name: (item.nbytes, "float32") for item in found}, CPU)
     assert [item.name for item in packed_layers(model)] == ["0", "1"]
     assert first.state.more["shared"] is table
     assert float(first.state.more["few"].sum()) == 3
@@ -230,7 +232,7 @@ def test_another_layer_than_the_planned_one_is_refused_before_anything_is_packed
     taken = inventory.take(model)
     nbytes = choosing.candidates(taken, ())[0].nbytes
     with pytest.raises(AdapterError, match="quantized bytes where 5 were planned"):
-        choosing.pack_layers(taken, {"0": (nbytes, "float32"), "1": (5, "float32")})
+        choosing.pack_layers(taken, {"0": (nbytes, "float32"), "1": (5, "float32")}, CPU)
     assert packed_layers(model) == []
 
 
@@ -273,7 +275,7 @@ def keeps_its_bits(way: str, fsdp: int, use_orig_params: bool, packed_in: str, r
     names = [item.name for item in choosing.candidates(inventory.take(model), ())]
     sizes = {item.name: item.nbytes for item in choosing.candidates(inventory.take(model), ())}
     kind = packed_in or str(main).removeprefix("torch.")
-    choosing.pack_layers(inventory.take(model), {name: (sizes[name], kind) for name in names})
+    choosing.pack_layers(inventory.take(model), {name: (sizes[name], kind) for name in names}, CPU)
     wrapped = _wrap(model, way, fsdp, use_orig_params, low)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch.inspecting import blanks, inventory
 from trainer_fsdp_patch.inspecting.leaves import Leaf, leaves, span
@@ -49,44 +49,45 @@ def is_plain(leaf: Leaf, layer: nn.Module) -> bool:
     return ours and leaf.tensor.is_floating_point() and not inventory.is_quantized(leaf.tensor)
 
 
-def put(items: list[Leaf], device: torch.device | str) -> None:
-    """Have a layer's tensors on a device, in the same places: one for each, whatever number of places it is in.
+def put(layer: nn.Module, items: Iterable[Leaf], device: torch.device | str) -> None:
+    """Have tensors of a layer on a device, in the same places: one for each, whatever number of places it is in.
 
     Args:
-        items: places of one layer.
+        layer: their owner.
+        items: its places; what is made of tensors moves as a whole.
         device: where their bytes go; on meta there is room for none, and from meta none come.
     """
+    import torch
+
+    device = torch.device(device)
     made: dict[tuple[int, int, int], torch.Tensor] = {}
     objects: dict[int, torch.Tensor] = {}
     for leaf in items:
         tensor, where = leaf.tensor, span(leaf.tensor)
-        if tensor.device == torch_device(device):
+        if tensor.device == device:
+            continue
+        if isinstance(leaf.place.holder, torch.Tensor):
+            _rebuild(layer, leaf.path.partition(".")[0], device)
             continue
         if id(tensor) not in objects:
             # The same bytes under two names, as 8-bit layers have them, stay the same bytes.
             value = made.get(where)
             if value is None or _make_up(value) != _make_up(tensor):
-                made[where] = value = _moved(tensor, device)
+                made[where] = value = blanks.moved(tensor, device)
             objects[id(tensor)] = _of_class(tensor, value)
         leaf.place.put(objects[id(tensor)])
 
 
-def torch_device(device: torch.device | str) -> torch.device:
-    """A device by its name, or as it is."""
-    import torch
-
-    return torch.device(device)
+def _rebuild(layer: nn.Module, key: str, device: torch.device) -> None:
+    holders: tuple[dict[str, Any], ...] = (layer._parameters, layer._buffers, vars(layer))
+    for slots in holders:
+        whole = slots.get(key)
+        if whole is not None and blanks.is_made(whole) and whole.device != device:
+            slots[key] = blanks.rebuilt(whole, device)
 
 
 def _make_up(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
     return tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    import torch
-
-    room = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    return room if room.is_meta or tensor.is_meta else room.copy_(tensor.detach())
 
 
 def _of_class(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

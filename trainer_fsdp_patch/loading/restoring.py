@@ -31,7 +31,7 @@ def restore(layers: Iterable[nn.Module], device: torch.device) -> None:
             # FSDP takes what is in its slots.
             slots = (layer._parameters, layer._buffers)
             places = [leaf for leaf in places if not any(leaf.place.holder is item for item in slots)]
-        moving.put(places, device)
+        moving.put(layer, places, device)
         paths = {leaf.path for leaf in places}
         here = {id(leaf.tensor): leaf.tensor for leaf in leaves(layer) if leaf.path in paths}
         collectives.broadcast(here.values())

@@ -64,16 +64,18 @@ def settle(model: PreTrainedModel, name: str) -> None:
 
     Args:
         model: that is being loaded.
-        name: of the tensor in it.
+        name: of the tensor in it; a pattern of several layers' is left alone.
     """
+    if "*" in name:
+        return
     layer = model.get_submodule(name.rpartition(".")[0])
     tensors = [leaf for leaf in moving.large(layer) if not leaf.tensor.is_meta]
     if moving.is_quantized(layer):
         _LOADED.add(layer)
         if not is_first():
-            moving.put([leaf for leaf in tensors if not moving.is_plain(leaf, layer)], "meta")
+            moving.put(layer, [leaf for leaf in tensors if not moving.is_plain(leaf, layer)], "meta")
             tensors = [leaf for leaf in tensors if moving.is_plain(leaf, layer)]
-    moving.put(tensors, "cpu")
+    moving.put(layer, tensors, "cpu")
 
 
 def is_first() -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch.inspecting.inventory import Inventory
 from trainer_fsdp_patch.loading import restoring, streaming
@@ -12,6 +13,7 @@ from trainer_fsdp_patch.packing.packed import packed_layers
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+    from torch import nn
 
     from trainer_fsdp_patch.planning.prepared import Prepared
 
@@ -46,6 +48,9 @@ def give_packed(prepared: Prepared, accelerator: Accelerator) -> None:
     model = prepared.model()
     layers = streaming.loaded(model)
     restoring.restore(layers, accelerator.device)
+    plugin = accelerator.state.fsdp_plugin
+    if layers and prepared.plan.fsdp_version == 1 and plugin.param_init_fn is not None:
+        plugin.param_init_fn = _sparing(prepared, plugin.param_init_fn)
     if layers and not _hands_out(prepared, accelerator):
         restoring.fill([record.layer for record in packed_layers(model)], accelerator.device)
 
@@ -59,3 +64,23 @@ def _hands_out(prepared: Prepared, accelerator: Accelerator) -> bool:
     ignored = {id(tensor) for tensor in prepared.tensors}
     seen = (item for item in prepared.model().parameters() if id(item) not in ignored)
     return bool(plugin.cpu_ram_efficient_loading) and not any(type(item).__name__ == "Params4bit" for item in seen)
+
+
+def _sparing(prepared: Prepared, initialize: Callable[[nn.Module], object]) -> Callable[[nn.Module], object]:
+    """The function by which FSDP1 makes room for a unit that is on meta, without what the plan replicates.
+
+    FSDP1 calls it for each module of the unit, those aside that it ignores as modules. It ignores an adapter's tensors.
+    """
+
+    def init(module: nn.Module) -> object:
+        slots: list[dict[str, Any]] = [module._parameters, module._buffers]
+        kept = [(slot, key, value) for slot in slots for key, value in slot.items() if id(value) in prepared.known]
+        for slot, key, _ in kept:
+            slot[key] = None
+        try:
+            return initialize(module)
+        finally:
+            for slot, key, value in kept:
+                slot[key] = value
+
+    return init

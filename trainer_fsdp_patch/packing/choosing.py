@@ -16,6 +16,7 @@ from trainer_fsdp_patch.packing.layout import is_movable, layout, shared_ranges
 from trainer_fsdp_patch.packing.packed import pack
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from trainer_fsdp_patch.packing.layout import Range
@@ -104,12 +105,13 @@ def _moving_keys(layer: nn.Module, shared: set[Range]) -> set[str]:
     return keys | {key for key, parameter in layer._parameters.items() if id(parameter) in holders}
 
 
-def pack_layers(taken: Inventory, chosen: dict[str, tuple[int, str]]) -> None:
+def pack_layers(taken: Inventory, chosen: dict[str, tuple[int, str]], device: torch.device) -> None:
     """Pack the layers that a plan has chosen.
 
     Args:
         taken: inventory of the model, before FSDP takes it.
         chosen: bytes of each, and the dtype that they are stored in, by canonical name of the layer.
+        device: where the layers run.
 
     Raises:
         AdapterError: a layer is not what it was when the plan was made.
@@ -129,4 +131,4 @@ def pack_layers(taken: Inventory, chosen: dict[str, tuple[int, str]]) -> None:
                 tensor=name,
             )
     for name, (_, dtype) in chosen.items():
-        pack(layers[name], name, getattr(torch, dtype), shared)
+        pack(layers[name], name, getattr(torch, dtype), shared, device)

@@ -297,7 +297,7 @@ def packed_layers(model: nn.Module) -> list[Packed]:
     return [] if not _PACKED else [_PACKED[module] for module in model.modules() if module in _PACKED]
 
 
-def pack(layer: nn.Module, name: str, dtype: torch.dtype, shared: Collection[Range]) -> None:
+def pack(layer: nn.Module, name: str, dtype: torch.dtype, shared: Collection[Range], device: torch.device) -> None:
     """Move the bytes of a layer into a frozen parameter of it, named `names.PACKED`.
 
     Args:
@@ -305,14 +305,17 @@ def pack(layer: nn.Module, name: str, dtype: torch.dtype, shared: Collection[Ran
         name: canonical name.
         dtype: floating, in which FSDP moves the bytes without a cast.
         shared: memory that other layers use too, from `layout.shared_ranges`.
+        device: where the layer runs; its bytes may be in main memory, or on meta, and stay there for FSDP to move.
     """
     import torch
 
     record = Packed(layer, name, shared)
     # Small tensors are on each rank where a base's large ones are on one, or nowhere yet.
-    device = max(record._values, key=lambda value: value.nbytes).device
-    stored = torch.zeros(-(-record.nbytes // dtype.itemsize), dtype=dtype, device=device)
+    here = max(record._values, key=lambda value: value.nbytes).device
+    stored = torch.zeros(-(-record.nbytes // dtype.itemsize), dtype=dtype, device=here)
     record.fill(stored.view(torch.uint8))
+    if blanks.bring(layer, device):
+        record = Packed(layer, name, shared)
     record.take_over()
     layer.register_parameter(PACKED, torch.nn.Parameter(stored, requires_grad=False))
     _PACKED[layer] = record

@@ -104,7 +104,7 @@ def _settle(accelerator: Accelerator, prepared: Prepared, taken: inventory.Inven
     adapter_state.expect(model, prepared)
     materialize(prepared, accelerator.device, taken)
     if plan.packed:
-        choosing.pack_layers(taken.reread(), plan.packed)
+        choosing.pack_layers(taken.reread(), plan.packed, accelerator.device)
         taking.give_packed(prepared, accelerator)
     steps.watch(prepared, accelerator)
     keep(model, prepared)
