@@ -8,14 +8,15 @@ from typing import Any
 
 import checkpoints
 import pytest
+import quantizers
 import torch
-from cells import METHODS, Bench, Setup, reference_of
+from cells import METHODS, Bench, Setup, reference_of, trial
 from faults import FLAVOURS, fsdp2, packed, where
 from test_benchmarks import ROOT, load
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.testing import forks
-from trainer_fsdp_patch.testing.case import Outcome
+from trainer_fsdp_patch.testing.case import Outcome, compare
 
 sys.path.append(str(ROOT / "benchmarks"))
 QUANTIZED = load("quantized")
@@ -222,3 +223,34 @@ def merged(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
     batch = {key: value[None] for key, value in row.items()}
     with torch.no_grad():
         return Outcome(losses=[float(model(**batch).loss)])
+
+
+class Offloads:
+    """Has FSDP2 keep its shards in main memory, not pinned, for there is no accelerator."""
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        from accelerate.state import AcceleratorState
+        from torch.distributed.fsdp import CPUOffloadPolicy
+
+        plugin = getattr(AcceleratorState(), "fsdp_plugin", None)
+        if plugin is not None:
+            plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
+
+
+@fsdp2
+@pytest.mark.parametrize("kind", ["4bit", "8bit", "torchao int8", "gptq"])
+@pytest.mark.parametrize("efficient", [False, True])
+def test_shards_in_main_memory(bench: Bench, tmp_path: Path, kind: str, efficient: bool) -> None:
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
+    def configure(model: Any) -> Any:
+        return METHODS["lora"](model)
+
+    configure.load = lambda folder, setup: quantizers.load(folder, setup, AutoModelForCausalLM)
+    configure.callbacks = lambda: [type("Offloading", (Offloads, TrainerCallback), {})()]
+    setup = Setup("f2-offload", dtype="bfloat16", ram_efficient=efficient, **QUANTIZED.KINDS[kind])
+    one = trial.run(reference_of(setup), configure, bench.base, tmp_path / "one", ranks=1, patched=False)
+    assert not one.error, one.extra
+    outcome = trial.run(setup, configure, bench.base, tmp_path / "ranks")
+    verdict = compare(outcome, one, setup)
+    assert verdict.right, (verdict.error, outcome.extra.get("traceback"))

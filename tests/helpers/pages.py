@@ -41,6 +41,7 @@ RUN_BY = {
     "trainer_fsdp_patch seams": "tests/test_seams.py",
     "benchmarks/adapter_step.py": "tests/test_benchmarks.py",
     "benchmarks/base_budget.py": "tests/test_benchmarks.py",
+    "benchmarks/loading.py": "tests/test_loading.py",
     "benchmarks/planning.py": "tests/test_benchmarks.py",
     "benchmarks/quantized.py": "tests/test_packed_bases.py",
     "benchmarks/scale.py": "tests/test_benchmarks.py",

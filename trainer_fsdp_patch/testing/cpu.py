@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from trainer_fsdp_patch import versions
 
 if TYPE_CHECKING:
+    from accelerate.utils import FullyShardedDataParallelPlugin
     from transformers import TrainingArguments
 
 _CONFIGS = (
@@ -69,6 +70,19 @@ def _never_offloaded(upstream: Setter) -> Setter:
 
     setattr_without_offload.__name__ = _never_offloaded.__name__
     return setattr_without_offload
+
+
+def hand_out(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Have FSDP1 broadcast rank 0's bytes of each unit, which accelerate and torch refuse on a CPU: NCCL cannot.
+
+    Args:
+        plugin: of a Trainer that has not begun to train.
+    """
+    from torch.distributed.fsdp import _init_utils
+
+    plugin.sync_module_states = True
+    plugin.param_init_fn = lambda module: module.to_empty(device="cpu", recurse=False)
+    _init_utils._check_module_states_for_sync_module_states = lambda module_states: None
 
 
 def allow_packed_weights() -> None:

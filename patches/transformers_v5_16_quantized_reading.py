@@ -12,7 +12,7 @@ from trainer_fsdp_patch.loading import streaming
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped
 
-patch = Patch(__name__, versions="transformers>=5.0.dev0", target="transformers.modeling_utils")
+patch = Patch(__name__, versions="transformers>=5.16.dev0", target="transformers.modeling_utils")
 
 
 @patch.wrap(

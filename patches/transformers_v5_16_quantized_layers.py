@@ -14,9 +14,9 @@ from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped, argument
 
 patch = Patch(
     __name__,
-    versions="transformers>=5.0.dev0",
+    versions="transformers>=5.16.dev0",
     target="transformers.core_model_loading",
-    needs=("transformers_v5_0_quantized_reading", "accelerate_v0_30_quantized_layers"),
+    needs=("transformers_v5_16_quantized_reading", "accelerate_v0_30_quantized_layers"),
 )
 
 

@@ -1,0 +1,99 @@
+"""Without the patch threads fill a rank faster than layers leave it, and the whole base's bytes are reserved."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import launched
+import pytest
+import quantizers
+import torch
+from cells import Bench, Setup
+from faults import packed, where
+from launched import load, quantized_bytes, ranks_load
+from ranks import on_ranks
+
+from trainer_fsdp_patch.loading import restoring, streaming
+
+pytestmark = [packed, where("peft>=0.20", "transformers>=5.16", "accelerate>=1.15")]
+
+
+@pytest.fixture
+def quantized(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Folder of a checkpoint in 4 bits, whose quantization `load` takes from it."""
+    setup = Setup("one", fsdp=0, dtype="bfloat16", storage="uint8", kind="nf4 double")
+    on_ranks(lambda rank: rank or load(bench.base, setup).save_pretrained(tmp_path / "quantized"), 2)
+    monkeypatch.setattr(quantizers, "load", lambda folder, setup, kind: kind.from_pretrained(folder))
+    return str(tmp_path / "quantized")
+
+
+PLAIN = Setup("f2", ram_efficient=True, dtype="bfloat16")
+
+
+def absmax(model: Any) -> dict[str, list[float]]:
+    return {key: value.flatten()[:99].tolist() for key, value in model.state_dict().items() if "absmax" in key}
+
+
+def test_a_checkpoint_that_is_quantized_already(quantized: str) -> None:
+    """Rank 0's bytes are the file's, and the other rank gets them when it asks."""
+
+    def bytes_of(model: Any, rank: int) -> dict[str, Any]:
+        before = quantized_bytes(model)
+        restoring.restore(streaming.loaded(model), torch.device("cpu"))
+        return {
+            "before": before,
+            "after": quantized_bytes(model),
+            "state": absmax(model),
+            "left": streaming.loaded(model),
+        }
+
+    stock = ranks_load(
+        quantized, PLAIN, False, lambda model, rank: {"state": absmax(model), "is": quantized_bytes(model)}
+    )
+    first, second = ranks_load(quantized, PLAIN, True, bytes_of)
+    assert stock[0]["is"] == stock[1]["is"]
+    assert second["before"] < first["before"]
+    assert second["after"] == first["after"] == first["before"]
+    assert second["state"] == first["state"] == stock[0]["state"]
+    assert second["left"] == []
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_one_tensor_is_read_after_the_other(quantized: str, patched: bool) -> None:
+    import transformers.core_model_loading as reading
+
+    pools: list[object] = []
+    upstream = reading.ThreadPoolExecutor
+
+    def pool(*args: Any, **kwargs: Any) -> Any:
+        pools.append(args)
+        return upstream(*args, **kwargs)
+
+    reading.ThreadPoolExecutor = pool  # type: ignore[misc, assignment]
+    try:
+        results = ranks_load(quantized, PLAIN, patched, lambda model, rank: {"pools": len(pools)})
+    finally:
+        reading.ThreadPoolExecutor = upstream  # type: ignore[misc]
+    assert [result["pools"] for result in results] == [0 if patched else 1] * 2
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_no_memory_is_reserved_for_all_of_it(bench: Bench, patched: bool) -> None:
+    """Stock asks the accelerator for its free memory first, and there is none here."""
+
+    def reserve(model: Any, rank: int) -> dict[str, str]:
+        from transformers import modeling_utils
+
+        os.environ.update(launched.LAUNCHED)
+        try:
+            where_to = {name: torch.device("cuda") for name, _ in model.named_parameters()}
+            modeling_utils.caching_allocator_warmup(model, where_to, model.hf_quantizer)
+        except (AssertionError, RuntimeError) as error:
+            return {"said": type(error).__name__}
+        return {"said": ""}
+
+    setup = Setup("f2", ram_efficient=True, dtype="bfloat16", storage="uint8")
+    said = {result["said"] for result in ranks_load(bench.base, setup, patched, reserve)}
+    assert (said == {""}) is patched
