@@ -95,9 +95,12 @@ class Bucket:
         with torch.no_grad():
             gradients = list(map(_GRADIENT, self.parameters))
             flat, views, elsewhere = self._room(gradients)
-            missing = [place for place in elsewhere if gradients[place] is None]
-            here = elsewhere if not missing else [place for place in elsewhere if gradients[place] is not None]
-            if here:
+            lacks = any(map(operator.is_, gradients, itertools.repeat(None)))
+            missing = [place for place, gradient in enumerate(gradients) if gradient is None] if lacks else []
+            if len(elsewhere) == len(views) and not missing:
+                # Autograd has made them all, as in each step of a Trainer: no lists are made of the lists.
+                torch._foreach_copy_(views, gradients)
+            elif here := [place for place in elsewhere if gradients[place] is not None]:
                 torch._foreach_copy_([views[place] for place in here], [gradients[place] for place in here])
             # A mask travels behind the gradients: one for each parameter that has a gradient here, else zero.
             # After the sum it is above zero where any rank has one, so that one collective answers both questions.
@@ -119,9 +122,9 @@ class Bucket:
     def _room(self, gradients: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, list[torch.Tensor], Sequence[int]]:
         """A buffer, its views, and the places of gradients that are not these views."""
         if self._flat is not None:
-            elsewhere = [place for place, view in enumerate(self._views) if gradients[place] is not view]
+            elsewhere = self._elsewhere(gradients)
             # A user may hold what was a gradient, or a view of it, and `zero_grad()` took it off its parameter.
-            if not elsewhere or _held(self._flat, [self._views[place] for place in elsewhere]) == self._untouched:
+            if not elsewhere or _held(self._flat, self._views, elsewhere) == self._untouched:
                 return self._flat, self._views, elsewhere
         flat = self.parameters[0].new_zeros(self.elements + len(self.parameters), requires_grad=False)
         starts = [0, *itertools.accumulate(self.sizes)]
@@ -131,8 +134,14 @@ class Bucket:
             for start, size, parameter in zip(starts, self.sizes, self.parameters, strict=False)
         ]
         if self._as_views and flat.nbytes <= KEPT_BYTES:
-            self._flat, self._views, self._untouched = flat, views, _held(flat, list(views))
+            self._flat, self._views, self._untouched = flat, views, _held(flat, views, range(len(views)))
         return flat, views, range(len(views))
+
+    def _elsewhere(self, gradients: Sequence[torch.Tensor | None]) -> Sequence[int]:
+        """Places of gradients that are not views of the buffer."""
+        if not any(map(operator.is_, gradients, self._views)):
+            return range(len(self._views))
+        return [place for place, view in enumerate(self._views) if gradients[place] is not view]
 
     def _give(
         self, gradients: Sequence[torch.Tensor | None], views: Sequence[torch.Tensor], places: Sequence[int]
@@ -140,12 +149,15 @@ class Bucket:
         """Give parameters their averages: as views, or in tensors that a user or another package has put there."""
         import torch
 
-        own = [gradient for place in places if (gradient := gradients[place]) is not None]
+        whole = len(places) == len(views)
+        found = gradients if whole else [gradients[place] for place in places]
+        own = [gradient for gradient in found if gradient is not None]
         # Autograd's own gradients are no views. Whoever has put in a view reads what it is a view of.
         if self._as_views and not any(map(torch.Tensor._is_view, own)):
             try:
-                for place in places:
-                    self.parameters[place].grad = views[place]
+                pairs = zip(self.parameters, views, strict=True) if whole else self._pairs(views, places)
+                for parameter, view in pairs:
+                    parameter.grad = view
                 return
             except RuntimeError:
                 # Somebody has cast one parameter alone since the last average. The next one has new buffers.
@@ -153,6 +165,11 @@ class Bucket:
         for place in places:
             parameter, gradient = self.parameters[place], gradients[place]
             parameter.grad = (torch.zeros_like(parameter) if gradient is None else gradient).copy_(views[place])
+
+    def _pairs(
+        self, views: Sequence[torch.Tensor], places: Sequence[int]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return ((self.parameters[place], views[place]) for place in places)
 
 
 class Buckets:
@@ -173,8 +190,10 @@ class Buckets:
         return self._buckets
 
 
-def _held(flat: torch.Tensor, views: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """How many tensors use the storage of a buffer, and how many objects hold the view that most do."""
+def _held(flat: torch.Tensor, views: Sequence[torch.Tensor], places: Sequence[int]) -> tuple[int, int]:
+    """How many tensors use the storage of a buffer, and how many objects hold the view in a place that most do."""
     import torch
 
-    return torch._C._storage_Use_Count(flat.untyped_storage()._cdata), max(map(sys.getrefcount, views))
+    counts = list(map(sys.getrefcount, views))
+    most = max(counts if len(places) == len(views) else [counts[place] for place in places])
+    return torch._C._storage_Use_Count(flat.untyped_storage()._cdata), most
