@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
+from trainer_fsdp_patch.adapting import residents
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped, argument
 from trainer_fsdp_patch.training import batch_size
@@ -28,4 +29,4 @@ patch = Patch(__name__, versions="transformers>=4.45.dev0", target="transformers
 def try_again_whole(wrapped: Wrapped, instance: Trainer, args: Args, kwargs: Kwargs) -> object:
     """Bring FSDP to where a step begins after a try without memory, on all ranks or on none."""
     size = argument(args, kwargs, 0, "batch_size")
-    return batch_size.attempt(lambda: wrapped(*args, **kwargs), instance, size)
+    return batch_size.attempt(lambda: wrapped(*args, **kwargs), instance, size, residents.out_of_memory)

@@ -11,7 +11,7 @@ from typing import Any
 import checkpoints
 import pytest
 from cells import METHODS, Bench, Setup, reference_of, trial
-from faults import fsdp2
+from faults import fsdp2, runs_out
 from test_base_budget import deep
 from torch import nn
 
@@ -73,6 +73,38 @@ def test_what_happens_between_steps_finds_kept_units(
     monkeypatch.setattr(memory, "gauge", lambda device: (2**40, 0))
     setup = Setup("between", fsdp=2, budget="auto", sharded_checkpoint=sharded)
     assert checkpoints.cell(scenario, checkpoints.Scene(bench), setup, patched=True) == ""
+
+
+@fsdp2
+def test_a_step_without_memory_gives_them_up(deep: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks run out after the units were kept: the next try gathers them again, and trains right."""
+    monkeypatch.setattr(trial, "STEPS", 4)
+    monkeypatch.setattr(memory, "meter", lambda device: (-(2**40), 0))
+    monkeypatch.setattr(memory, "gauge", lambda device: (10 * LAYER, 0))
+    said: list[str] = []
+    monkeypatch.setattr(residents.logger, "warning", lambda text, *values: said.append(text % values))
+    scene, setup = checkpoints.Scene(deep), Setup("adapts", fsdp=2, budget="auto")
+    inside = runs_out("forward", step=3)
+
+    def action(trainer: Any, folder: Path) -> dict[str, Any]:
+        kept: list[int] = []
+
+        def count(*args: Any) -> None:
+            adapting = residents._WATCHED.get(trainer.model)
+            kept.append(len(adapting.kept) if adapting is not None else 0)
+
+        trainer.model.register_forward_pre_hook(count)
+        return {**inside(trainer, folder), "kept": kept, "said": said}
+
+    outcomes = scene.run(action, setup, patched=True)
+    assert scene.right(outcomes, scene.one(inside, setup), setup) == ""
+    for rank, outcome in enumerate(outcomes):
+        kept: Any = outcome.extra["kept"]
+        assert max(kept) == 5
+        assert kept[-1] == 0
+        told: Any = outcome.extra["said"]
+        assert len(told) == (rank == 0)
+        assert rank or "ran out of memory: 5 units" in told[0]
 
 
 class Unit(nn.Module):

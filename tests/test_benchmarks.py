@@ -142,10 +142,11 @@ def test_the_counts_next_to_ddp_and_one_process_are_those_of_the_page(
         pytest.skip("this torch has no FSDP2 on a CPU")
     monkeypatch.setattr(STEPS.forks, "TIMEOUT", 120.0)
     STEPS.base().save_pretrained(tmp_path)
-    given = argparse.Namespace(repeat=1, fsdp=[fsdp], budgets=[], steps=STEPS.WARM + 1)
+    given = argparse.Namespace(repeat=1, fsdp=[fsdp], budgets=[100], steps=STEPS.WARM + 1)
     fresh = STEPS.rows(name, STEPS.train(name, given, str(tmp_path)), [fsdp])
     page = (ROOT / "docs" / "measured.md").read_text()
-    assert [line[1] for line in fresh] == ["stock", "patched", "DDP", "floor"]
+    assert [line[1] for line in fresh] == ["stock", "patched", "patched, 100 %", "DDP", "floor"]
     for case, side, _, _, *counts in fresh:
         [line] = [line for line in page.splitlines() if line.startswith(f"| {case} | {side} |")]
-        assert [cell.strip() for cell in line.strip("|").split("|")][2:] == counts
+        assert [cell.strip() for cell in line.strip("|").split("|")][4:] == counts
+        assert side != "patched, 100 %" or counts[0] == "1"

@@ -105,6 +105,20 @@ def test_layouts(bench: Bench, way: str) -> None:
     assert (outcome.footprint.replicated, outcome.footprint.statistics) == (0, 0)
 
 
+@pytest.mark.parametrize("ram", [False, True])
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_fp8(bench: Bench, fsdp: int, ram: bool) -> None:
+    """FSDP2 would have to cast such weights for their unit, and FSDP1 flattens other dtypes apart."""
+    if ram and fsdp == 1:
+        pytest.skip("accelerate takes it for FSDP1 on a GPU only")
+    setup = Setup(f"f{fsdp}-fp8", fsdp=fsdp, dtype="bfloat16", quantizer="fp8", ram_efficient=ram)
+    outcome, verdict = bench.cell("lora", setup, patched=True)
+    assert verdict.right, verdict.error
+    assert outcome.footprint is not None
+    # Scales of layers that are this small.
+    assert outcome.footprint.replicated <= 128
+
+
 def everything(trainer: Any, folder: Path) -> dict[str, Any]:
     """Evaluate, train, evaluate, and gather the full model by hand."""
     for module in trainer.model.modules():

@@ -53,6 +53,24 @@ class PackedLinear(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype))
 
 
+def _fp8(layer: nn.Linear) -> nn.Module:
+    """transformers' own layer for FP8 checkpoints; its kernel needs a GPU, and the forward does without."""
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    class OnCpu(FP8Linear):  # type: ignore[misc, unused-ignore]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scales = self.weight_scale_inv.repeat_interleave(GROUP, 0).repeat_interleave(GROUP, 1)
+            return nn.functional.linear(x, (self.weight.float() * scales).to(x.dtype))
+
+    made = OnCpu(layer.in_features, layer.out_features, (GROUP, GROUP))
+    rows, columns = layer.out_features // GROUP, layer.in_features // GROUP
+    blocks = layer.weight.detach().float().reshape(rows, GROUP, columns, GROUP)
+    scales = blocks.abs().amax((1, 3), keepdim=True) / 448
+    made.weight.data = (blocks / scales).to(torch.float8_e4m3fn).reshape(layer.weight.shape)
+    made.weight_scale_inv.data = scales.reshape(rows, columns)
+    return made
+
+
 def _hqq(layer: nn.Linear) -> nn.Module:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -61,7 +79,7 @@ def _hqq(layer: nn.Linear) -> nn.Module:
 
 
 CONFIGURED: dict[str, Callable[[Setup], Any]] = {"torchao": _torchao, "quanto": _quanto}
-REPLACED: dict[str, Callable[[nn.Linear], nn.Module]] = {"gptq": PackedLinear, "hqq": _hqq}
+REPLACED: dict[str, Callable[[nn.Linear], nn.Module]] = {"gptq": PackedLinear, "fp8": _fp8, "hqq": _hqq}
 """Those that transformers loads, and those whose layers are put in place here: it has none for HQQ (5.24)."""
 
 

@@ -88,11 +88,34 @@ class Residents:
         if self.kept and not self.closed and collectives.is_main():
             text = "base_budget auto: memory ran low at step %d: units are gathered again from now on, %d of %d first."
             logger.warning(text, self.steps, _enough(self.kept, wanted), len(self.kept))
+        self._gather_again(_enough(self.kept, wanted))
+
+    def _gather_again(self, count: int) -> None:
         self.closed = True
-        for _ in range(_enough(self.kept, wanted)):
+        for _ in range(count):
             unit = self.kept.pop()
             _reshard(unit, after=True)
             unit.reshard()  # type: ignore[operator]
+
+    def after_error(self) -> None:
+        """Give all of them up, after a step for which all ranks had no memory."""
+        if self.kept and collectives.is_main():
+            text = "base_budget auto: step %d ran out of memory: %d units that stayed gathered are gathered again."
+            logger.warning(text, self.steps + 1, len(self.kept))
+        self._gather_again(len(self.kept))
+
+
+_WATCHED: weakref.WeakKeyDictionary[nn.Module, Residents] = weakref.WeakKeyDictionary()
+
+
+def out_of_memory(model: nn.Module) -> None:
+    """Keep no unit gathered any more, but for those that the plan replicates. All ranks call this alike.
+
+    Args:
+        model: planned, between two steps.
+    """
+    if model in _WATCHED:
+        _WATCHED[model].after_error()
 
 
 def watch(prepared: Prepared, device: torch.device) -> Residents:
@@ -104,7 +127,7 @@ def watch(prepared: Prepared, device: torch.device) -> Residents:
     """
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    residents = Residents(prepared, device)
+    residents = _WATCHED[prepared.model()] = Residents(prepared, device)
 
     def after(optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         residents.after_step(optimizer)

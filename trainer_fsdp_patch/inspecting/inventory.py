@@ -171,7 +171,8 @@ def is_quantized(tensor: torch.Tensor) -> bool:
     """Whether a frozen parameter stores something else than plain floating-point numbers."""
     if hasattr(tensor, "quant_state") or hasattr(tensor, "SCB") or _parts(tensor):
         return True
-    return not (tensor.is_floating_point() or tensor.is_complex())
+    # What FP8 layers keep needs its scales, as integers do.
+    return tensor.element_size() == 1 or not (tensor.is_floating_point() or tensor.is_complex())
 
 
 @functools.cache

@@ -86,13 +86,17 @@ def layout(layer: nn.Module, shared: Collection[Range]) -> tuple[int, dict[int, 
 
 
 def is_movable(leaf: Leaf, layer: nn.Module, shared: Collection[Range]) -> bool:
-    """Whether a tensor can be a view of bytes that FSDP gathers; what FSDP can shard by itself is left to it."""
+    """Whether a tensor can be a view of bytes that FSDP gathers; a bias is left to FSDP.
+
+    Scales are not, which mixed precision would cast.
+    """
     import torch
 
     tensor = leaf.tensor
     if tensor.layout is not torch.strided or tensor.requires_grad or span(tensor) in shared:
         return False
-    plain = leaf.place.holder is layer._parameters and type(tensor) is torch.nn.Parameter and not vars(tensor)
+    bias = leaf.place.holder is layer._parameters and leaf.place.key == "bias"
+    plain = bias and type(tensor) is torch.nn.Parameter and not vars(tensor)
     return _is_large(tensor) and not (plain and str(tensor.dtype).removeprefix("torch.") in SIZES)
 
 

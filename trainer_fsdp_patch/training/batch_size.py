@@ -27,13 +27,16 @@ _MARK = "trainer_fsdp_patch/memory"
 """Key of torch's store under which a rank says that it ran out, and of what batch size."""
 
 
-def attempt(upstream: Callable[[], Result], trainer: Trainer, batch_size: int) -> Result:
+def attempt(
+    upstream: Callable[[], Result], trainer: Trainer, batch_size: int, relieve: Callable[[nn.Module], None]
+) -> Result:
     """One try of the training loop; after one that ran out of memory, FSDP is ready for the next.
 
     Args:
         upstream: the loop. accelerate calls it again, at a smaller batch size, after the error.
         trainer: whose loop it is.
         batch_size: of this try, for each device.
+        relieve: gets the model between two steps, and frees what a run can do without.
 
     Raises:
         RankError: this rank ran out of memory and others did not, or the other way round.
@@ -48,7 +51,7 @@ def attempt(upstream: Callable[[], Result], trainer: Trainer, batch_size: int) -
             raise
         if should_reduce_batch_size(error):
             _agree(store, batch_size, error)
-            _recover(trainer)
+            _recover(trainer, relieve)
         elif isinstance(error, RuntimeError):
             _look_for_others(store, error)
         raise
@@ -90,7 +93,7 @@ def _alone(said: str, others: list[int]) -> RankError:
     )
 
 
-def _recover(trainer: Trainer) -> None:
+def _recover(trainer: Trainer, relieve: Callable[[nn.Module], None]) -> None:
     """Bring FSDP's units to where they are between two steps, after one that was broken off."""
     from torch.distributed.fsdp import FullyShardedDataParallel, _runtime_utils
 
@@ -111,6 +114,7 @@ def _recover(trainer: Trainer) -> None:
         for group in footprint.groups(module):
             _forget_gradients(group)
     model.zero_grad()
+    relieve(prepared.model())
 
 
 def _forget_gradients(group: FSDPParamGroup) -> None:
