@@ -129,6 +129,21 @@ def span(tensor: torch.Tensor) -> tuple[int, int, int]:
     return int(tensor.untyped_storage()._cdata), start, start + (reach + 1) * size if tensor.numel() else start
 
 
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes that a tensor covers, in place: uint8, one dimension.
+
+    A copy or a broadcast of bytes keeps patterns that spell NaN, and knows every dtype.
+
+    Args:
+        tensor: plain, not on meta.
+    """
+    import torch
+
+    _, start, end = span(tensor)
+    made = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return made.set_(tensor.untyped_storage(), start, (end - start,), (1,))
+
+
 def statistics(layers: Iterable[nn.Module]) -> int:
     """Bytes that some layers keep in other tensors than parameters, such as scales and tables; each storage once.
 

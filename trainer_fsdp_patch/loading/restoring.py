@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import collectives
-from trainer_fsdp_patch.inspecting.leaves import leaves
+from trainer_fsdp_patch.inspecting.leaves import leaves, raw, span
 from trainer_fsdp_patch.loading import moving, streaming
 from trainer_fsdp_patch.names import PACKED
 from trainer_fsdp_patch.packing.packed import packed_of
@@ -33,8 +33,8 @@ def restore(layers: Iterable[nn.Module], device: torch.device) -> None:
             places = [leaf for leaf in places if not any(leaf.place.holder is item for item in slots)]
         moving.put(layer, places, device)
         paths = {leaf.path for leaf in places}
-        here = {id(leaf.tensor): leaf.tensor for leaf in leaves(layer) if leaf.path in paths}
-        collectives.broadcast(here.values())
+        here = {span(leaf.tensor): leaf.tensor for leaf in leaves(layer) if leaf.path in paths and leaf.tensor.numel()}
+        collectives.broadcast(map(raw, here.values()))
     streaming.forget(layers)
 
 

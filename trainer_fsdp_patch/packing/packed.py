@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.inspecting import blanks, inventory
-from trainer_fsdp_patch.inspecting.leaves import Leaf, Place, leaves, span
+from trainer_fsdp_patch.inspecting.leaves import Leaf, Place, leaves, raw, span
 from trainer_fsdp_patch.names import PACKED
 from trainer_fsdp_patch.packing.layout import Range, View, layout
 from trainer_fsdp_patch.packing.stand_in import is_stand_in, stand_in, tell
@@ -98,18 +98,13 @@ class Packed:
         Args:
             stored: uint8, of `nbytes`, on the device of the layer or on meta.
         """
-        import torch
-
         done: set[tuple[int, int, int]] = set()
         for value, held in zip(self._values, self._held, strict=True):
             storage, start, end = span(value)
             if value.is_meta or stored.is_meta or (storage, start, end) in done:
                 continue
             done.add((storage, start, end))
-            # Bytes are copied as bytes. A copy between floating dtypes would alter patterns that spell NaN.
-            raw = torch.empty(0, dtype=torch.uint8, device=value.device)
-            raw.set_(value.untyped_storage(), start, (end - start,), (1,))
-            stored[held.view.start : held.view.start + end - start].copy_(raw)
+            stored[held.view.start : held.view.start + end - start].copy_(raw(value))
 
     def take_over(self) -> None:
         """Take the quantizer's tensors out of the slots that FSDP reads, and show them no more."""
