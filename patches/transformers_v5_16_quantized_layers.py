@@ -42,15 +42,3 @@ def take_off_converted(wrapped: Wrapped, instance: object, args: Args, kwargs: K
     result = wrapped(*args, **kwargs)
     streaming.settle(argument(args, kwargs, 1, "model"), argument(args, kwargs, 0, "layer_name"))
     return result
-
-
-@patch.wrap(
-    "WeightConverter.convert",
-    "self", "layer_name", "model", "config", "hf_quantizer", "loading_info",
-    only=gates.loads_quantized,
-)  # fmt: skip
-def take_off_merged(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
-    """The same for a weight that is put together from several."""
-    result = wrapped(*args, **kwargs)
-    streaming.settle(argument(args, kwargs, 1, "model"), argument(args, kwargs, 0, "layer_name"))
-    return result

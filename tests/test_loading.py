@@ -44,7 +44,10 @@ def dora(model: Any) -> Any:
 for method in (lora, vera, dora):
     method.load = load  # type: ignore[attr-defined]
 
-CASES = [*((method, kind) for method in (lora, vera) for kind in KINDS), (dora, "4bit"), (dora, "torchao")]
+MORE_KINDS = [kind for kind in KINDS if kind not in ("4bit", "8bit", "torchao")]
+USUAL = [(lora, "4bit"), (vera, "4bit-double"), (lora, "8bit"), (vera, "torchao"), (lora, "quanto"), (dora, "4bit")]
+MORE = [(method, kind) for method in (lora, vera) for kind in KINDS if (method, kind) not in USUAL]
+CASES = [*USUAL, *(pytest.param(*case, marks=pytest.mark.long) for case in (*MORE, (dora, "torchao")))]
 """DoRA reads the weight while it is made, which 8-bit and quanto do not allow on a CPU."""
 
 
@@ -83,7 +86,9 @@ def handed(model: Any) -> Any:
 handed.load = load  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["4bit", "8bit", "torchao", *(pytest.param(kind, marks=pytest.mark.long) for kind in MORE_KINDS)]
+)
 def test_fsdp1_hands_out_what_one_rank_has(bench: Bench, tmp_path: Path, kind: str) -> None:
     setup = Setup(f"f1-{kind}", fsdp=1, dtype="bfloat16", **KINDS[kind])
     one = trial.run(reference_of(setup), lora, bench.base, tmp_path / "one", ranks=1, patched=False)

@@ -252,8 +252,15 @@ class Offloads:
 
 
 @fsdp2
-@pytest.mark.parametrize("kind", ["4bit", "8bit", "torchao int8", "gptq"])
-@pytest.mark.parametrize("efficient", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "efficient"),
+    [
+        ("4bit", True),
+        ("8bit", False),
+        ("torchao int8", True),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("4bit", False), ("8bit", True), ("gptq", True))),
+    ],
+)
 def test_shards_in_main_memory(bench: Bench, tmp_path: Path, kind: str, efficient: bool) -> None:
     from transformers import AutoModelForCausalLM, TrainerCallback
 

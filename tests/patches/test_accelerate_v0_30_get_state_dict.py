@@ -25,7 +25,9 @@ def test_8bit_layers(bench: Bench) -> None:
 @where("accelerate>=1.7.dev0")  # before, a stock run saves nothing under FSDP2
 def test_a_save_gathers_the_embeddings_only(bench: Bench) -> None:
     """Stock gathers each of the 21 frozen tensors; we gather two (two dispatched ops each), compare and agree."""
-    stock, _ = bench.cell("vera", Setup("f2"), patched=False)
+    # One in many of stock's saves dies inside gloo, in torch's `wait_tensor` (seen once, torch 2.13).
+    tries = (bench.cell("vera", Setup("f2"), patched=False)[0] for _ in range(3))
+    stock = next(outcome for outcome in tries if "saved_collectives" in outcome.extra)
     patched, verdict = bench.cell("vera", Setup("f2"), patched=True)
     assert verdict.right
     assert stock.extra["saved_collectives"] >= 21
