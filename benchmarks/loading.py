@@ -26,6 +26,7 @@ from trainer_fsdp_patch.testing import check, cpu, forks, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+"""What `accelerate launch` sets where one rank of a machine is to load."""
 KINDS = {**quantized.KINDS, "4bit, quantized before": {"storage": "uint8"}}
 HEADS = ["FSDP", "ranks", "base", "quantized bytes", "rank 0, stock", "rank 0", "last rank, stock", "last rank"]
 

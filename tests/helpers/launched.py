@@ -17,8 +17,7 @@ from trainer_fsdp_patch.loading import moving
 
 ALLOCATIONS = load_benchmark("allocations")
 
-LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-"""What `accelerate launch` sets."""
+LAUNCHED: dict[str, str] = load_benchmark("loading").LAUNCHED
 
 
 def load(folder: str, setup: Setup) -> Any:

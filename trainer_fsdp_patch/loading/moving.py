@@ -22,8 +22,7 @@ def is_quantized(layer: nn.Module) -> bool:
     Args:
         layer: of a base model; what its children have does not count.
     """
-    own = [parameter for parameter in layer._parameters.values() if parameter is not None]
-    return any(inventory.is_quantized(item) or not item.is_floating_point() for item in own)
+    return any(item is not None and inventory.is_quantized(item) for item in layer._parameters.values())
 
 
 def large(layer: nn.Module) -> Iterator[Leaf]:
@@ -46,7 +45,7 @@ def is_plain(leaf: Leaf, layer: nn.Module) -> bool:
     if leaf.place.holder is layer._buffers:
         return leaf.tensor.is_floating_point()
     ours = leaf.place.holder is layer._parameters and type(leaf.tensor) is torch.nn.Parameter
-    return ours and leaf.tensor.is_floating_point() and not inventory.is_quantized(leaf.tensor)
+    return ours and not inventory.is_quantized(leaf.tensor)
 
 
 def put(layer: nn.Module, items: Iterable[Leaf], device: torch.device | str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch.inspecting.inventory import Inventory
@@ -51,18 +51,22 @@ def give_packed(prepared: Prepared, accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     if layers and prepared.plan.fsdp_version == 1 and plugin.param_init_fn is not None:
         plugin.param_init_fn = _sparing(prepared, plugin.param_init_fn)
-    if layers and not _hands_out(prepared, accelerator):
+    seen = (item for item in model.parameters() if id(item) not in prepared.known)
+    if layers and not hands_out(prepared, accelerator, seen):
         restoring.fill([record.layer for record in packed_layers(model)], accelerator.device)
 
 
-def _hands_out(prepared: Prepared, accelerator: Accelerator) -> bool:
-    """Whether FSDP gives each rank rank 0's bytes of what it shards."""
+def hands_out(prepared: Prepared, accelerator: Accelerator, seen: Iterable[torch.Tensor]) -> bool:
+    """Whether FSDP gives each rank rank 0's bytes of what it shards.
+
+    Args:
+        prepared: record of the model.
+        accelerator: the run's.
+        seen: parameters that FSDP2 finds; accelerate has every rank load a base with 4-bit weights among them.
+    """
     plugin = accelerator.state.fsdp_plugin
     if prepared.plan.fsdp_version == 1:
         return bool(plugin.sync_module_states)
-    # accelerate has every rank load a base with 4-bit weights that FSDP sees.
-    ignored = {id(tensor) for tensor in prepared.tensors}
-    seen = (item for item in prepared.model().parameters() if id(item) not in ignored)
     return bool(plugin.cpu_ram_efficient_loading) and not any(type(item).__name__ == "Params4bit" for item in seen)
 
 

@@ -10,6 +10,7 @@ from trainer_fsdp_patch import agreement, bits, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.inspecting.leaves import span
+from trainer_fsdp_patch.loading import taking
 from trainer_fsdp_patch.planning.prepared import Prepared
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def synchronize(prepared: Prepared, accelerator: Accelerator, taken: inventory.I
     """
     if prepared.native or accelerator.num_processes == 1:
         return
-    named = _frozen(prepared, taken, _is_broadcast_by_fsdp(prepared, accelerator))
+    by_fsdp = taking.hands_out(prepared, accelerator, prepared.model().parameters())
+    named = _frozen(prepared, taken, by_fsdp)
     _refuse_other_tensors(named, accelerator.device)
     differing = _differing([tensor for _, tensor in named], accelerator.device) if named else []
     for index in differing:
@@ -49,16 +51,6 @@ def synchronize(prepared: Prepared, accelerator: Accelerator, taken: inventory.I
 
 
 _COMPARISON = "comparison of the frozen base"
-
-
-def _is_broadcast_by_fsdp(prepared: Prepared, accelerator: Accelerator) -> bool:
-    """Whether rank 0 alone has loaded the base, or hands out its own anyhow."""
-    plugin = accelerator.state.fsdp_plugin
-    if prepared.plan.fsdp_version == 1:
-        return bool(plugin.sync_module_states)
-    packed = any(type(parameter).__name__ == "Params4bit" for parameter in prepared.model().parameters())
-    # accelerate has every rank load a base with 4-bit weights.
-    return bool(plugin.cpu_ram_efficient_loading) and not packed
 
 
 def _frozen(prepared: Prepared, taken: inventory.Inventory, by_fsdp: bool) -> list[tuple[str, torch.Tensor]]:
