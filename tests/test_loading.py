@@ -11,12 +11,15 @@ import torch
 from cells import Bench, Setup, reference_of, trial
 from faults import FLAVOURS, packed, where
 from launched import KINDS, load
+from ranks import on_ranks
 from test_benchmarks import ROOT
 from test_benchmarks import load as load_benchmark
 
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.inspecting.leaves import leaves
-from trainer_fsdp_patch.loading import moving, streaming
+from trainer_fsdp_patch.loading import moving, restoring, streaming
+from trainer_fsdp_patch.names import PACKED
+from trainer_fsdp_patch.packing import choosing
 from trainer_fsdp_patch.testing import cpu, forks
 from trainer_fsdp_patch.testing.case import Outcome, compare
 
@@ -127,6 +130,41 @@ def test_the_same_bytes_under_two_names_stay_the_same() -> None:
         new: Any = layer.weight
         assert new.CB.untyped_storage()._cdata == new.untyped_storage()._cdata
         assert (new.CB.shape, new.rows.shape, new.rows.dtype) == ((4096,), (2048,), torch.int8)
+
+
+class Tabled(torch.nn.Module):
+    """A layer with a weight of its own, and a table that others hold too."""
+
+    def __init__(self, table: torch.Tensor, first: int) -> None:
+        super().__init__()
+        weight = torch.arange(first, first + 4096) % 251
+        self.weight = torch.nn.Parameter(weight.to(torch.uint8), requires_grad=False)
+        self.table = table
+
+
+def test_a_table_of_several_layers_stays_theirs_and_comes_to_every_rank() -> None:
+    """It is no part of what is packed, on any rank, so that FSDP does not hand it out."""
+
+    def child(rank: int) -> Any:
+        table = torch.arange(1000.0) if rank == 0 else torch.zeros(1000)
+        layers = [Tabled(table, first) for first in (1, 2)]
+        model = torch.nn.Sequential(*layers)
+        for layer in layers if rank else ():
+            moving.put(layer, list(moving.large(layer)), "meta")
+        shared = layers[0].table.untyped_storage()._cdata == layers[1].table.untyped_storage()._cdata
+        found = choosing.candidates(inventory.take(model), ())
+        chosen = {item.name: (item.nbytes, "bfloat16") for item in found}
+        choosing.pack_layers(inventory.take(model), chosen, torch.device("cpu"))
+        restoring.restore(layers, torch.device("cpu"))
+        restoring.fill(layers, torch.device("cpu"))
+        stored = [layer.get_parameter(PACKED).view(torch.uint8).tolist() for layer in layers]
+        return {"shared": shared, "chosen": chosen, "tables": [layer.table.tolist() for layer in layers], "is": stored}
+
+    first, second = on_ranks(child, 2)
+    assert first["shared"] is second["shared"] is True
+    assert [size for size, _ in first["chosen"].values()] == [4096, 4096]
+    assert first == second
+    assert first["tables"] == [torch.arange(1000.0).tolist()] * 2
 
 
 def test_layers_without_bytes_are_copied_and_known_by_name() -> None:

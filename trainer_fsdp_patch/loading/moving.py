@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -59,21 +60,16 @@ def put(layer: nn.Module, items: Iterable[Leaf], device: torch.device | str) -> 
     import torch
 
     device = torch.device(device)
-    made: dict[tuple[int, int, int], torch.Tensor] = {}
     objects: dict[int, torch.Tensor] = {}
     for leaf in items:
-        tensor, where = leaf.tensor, span(leaf.tensor)
+        tensor = leaf.tensor
         if tensor.device == device:
             continue
         if isinstance(leaf.place.holder, torch.Tensor):
             _rebuild(layer, leaf.path.partition(".")[0], device)
             continue
         if id(tensor) not in objects:
-            # The same bytes under two names, as 8-bit layers have them, stay the same bytes.
-            value = made.get(where)
-            if value is None or _make_up(value) != _make_up(tensor):
-                made[where] = value = blanks.moved(tensor, device)
-            objects[id(tensor)] = _of_class(tensor, value)
+            objects[id(tensor)] = _of_class(tensor, _moved(tensor, device))
         leaf.place.put(objects[id(tensor)])
 
 
@@ -85,8 +81,25 @@ def _rebuild(layer: nn.Module, key: str, device: torch.device) -> None:
             slots[key] = blanks.rebuilt(whole, device)
 
 
-def _make_up(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
-    return tensor.shape, tensor.stride(), tensor.dtype
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor's bytes on a device, once for all who hold the same ones.
+
+    8-bit layers have a weight under two names, and several layers may hold one table: packing looks for that.
+    """
+    _, start, end = span(tensor)
+    made: dict[object, torch.Tensor] = _memory().setdefault(tensor.untyped_storage(), {})
+    key = device, start, end, tuple(tensor.shape), tensor.stride(), tensor.dtype
+    if key not in made:
+        made[key] = blanks.moved(tensor, device)
+    return made[key]
+
+
+@functools.cache
+def _memory() -> Any:
+    """What was moved, by the storage that it came from, for as long as somebody holds that."""
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    return WeakIdKeyDictionary()
 
 
 def _of_class(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
