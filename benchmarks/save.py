@@ -19,7 +19,7 @@ import adapter_step
 from rich.console import Console
 from rich.table import Table
 
-from trainer_fsdp_patch import collectives
+from trainer_fsdp_patch.ranks import collectives
 from trainer_fsdp_patch.saving import adapter_state, liveness, writing
 from trainer_fsdp_patch.testing import check, forks, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from trainer_fsdp_patch import agreement, bits
+from trainer_fsdp_patch import bits
 from trainer_fsdp_patch.errors import AdapterError
+from trainer_fsdp_patch.ranks import agreement
 
 CPU = torch.device("cpu")
 Group = Mapping[str, object]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer_fsdp_patch import buckets, collectives
+from trainer_fsdp_patch.ranks import buckets, collectives
 from trainer_fsdp_patch.training import gradients
 
 

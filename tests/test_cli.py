@@ -23,7 +23,7 @@ def test_check_is_right_in_every_set_up() -> None:
 
 def test_check_fails_where_a_patched_cell_is_wrong(python: Callable[..., str]) -> None:
     code = """
-from trainer_fsdp_patch import collectives
+from trainer_fsdp_patch.ranks import collectives
 from trainer_fsdp_patch.testing import check
 check.SETUPS = check.SETUPS[3:4]
 collectives.average_gradients = lambda *args: 0

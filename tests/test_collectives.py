@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from trainer_fsdp_patch import agreement, bits, buckets, collectives
+from trainer_fsdp_patch import bits
 from trainer_fsdp_patch.errors import AdapterError
+from trainer_fsdp_patch.ranks import agreement, buckets, collectives
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome
 

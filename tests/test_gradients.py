@@ -17,7 +17,7 @@ import torch
 from cells import METHODS, Bench, Setup, reference_of, trial
 from faults import FLAVOURS
 
-from trainer_fsdp_patch import collectives
+from trainer_fsdp_patch.ranks import collectives
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome, compare
 

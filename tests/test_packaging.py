@@ -47,6 +47,14 @@ def test_the_wheel_holds_every_patch_and_nothing_else_at_the_top(built: Path) ->
     assert not any("tests" in name for name in names)
 
 
+def test_the_sdist_has_no_tests_that_lack_their_helpers(built: Path) -> None:
+    [sdist] = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    assert [name for name in names if name.startswith(("tests", "benchmarks", "docs"))] == []
+    assert {"CHANGELOG.md", "LICENSE", "README.md", "setup.cfg"} <= set(names)
+
+
 def test_the_sdist_holds_every_patch(built: Path) -> None:
     [sdist] = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import types
 import warnings
@@ -115,7 +117,7 @@ FUTURES = ["2.1", "2.1.dev3", "2.1rc1", "3.0.0.post1", "2.1+git.abc", "2!1.0"]
 @pytest.mark.parametrize("version", FUTURES)
 @pytest.mark.parametrize("change", ["same", "changed", "gone", "a value"])
 def test_releases_newer_than_any_tested(made: Any, version: str, change: str) -> None:
-    """Applied where the seam is the same, else left whole, and one warning either way; strict raises."""
+    """Applied where the seam is the same, else left whole, and one warning either way; strict raises for the latter."""
     patch, target = made("one", version, versions="upstream>=1.dev0")
     replacements = {"changed": lambda model, mesh: model, "a value": 3}
     if change in replacements:
@@ -131,10 +133,28 @@ def test_releases_newer_than_any_tested(made: Any, version: str, change: str) ->
     if change != "same":
         assert vars(target).get("function") is before
     registry.unpatch()
-    with pytest.raises(PatchError):
+    if change == "same":
+        with pytest.warns(TrainerFsdpPatchWarning, match=text):
+            assert registry.patch(strict=True)[0].state == "applied"
+        return
+    with pytest.raises(PatchError, match="one: not applied"):
         registry.patch(strict=True)
     assert vars(target).get("function") is before
     assert patch.status().state == "failed"
+
+
+@pytest.mark.parametrize("parameters", [None, ("model",)], ids=["untested", "moved"])
+def test_a_filter_that_makes_warnings_errors_gets_a_line_in_the_log(
+    made: Any, caplog: pytest.LogCaptureFixture, parameters: tuple[str, ...] | None
+) -> None:
+    """The warning may come inside of an import of upstream's, which must not fail by it."""
+    _, target = made("one", "2.1", **({"parameters": parameters} if parameters else {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        registry.patch()
+    [line] = caplog.records
+    assert ("is newer than 2.0" if parameters is None else "one: not applied") in line.message
+    assert target.function(2) == (4 if parameters is None else 2)
 
 
 @pytest.mark.parametrize("version", ["not a version", "", None, "1.0.0-"])
@@ -220,3 +240,28 @@ def test_the_real_patches_that_concern_what_is_installed_are_applied() -> None:
     states = trainer_fsdp_patch.patch(strict=True)
     assert {state.state for state in states if "is outside" not in state.reason} == {"applied"}
     assert sum(state.state == "applied" for state in states) >= 9
+
+
+def test_stripped_docstrings_are_read_from_the_source() -> None:
+    """`python -OO` strips them, and `status` would say nothing of what a patch does."""
+    program = "import json, trainer_fsdp_patch as t; print(json.dumps([[s.effect, s.issue] for s in t.status()]))"
+    printed = [
+        subprocess.run([sys.executable, *flags, "-c", program], capture_output=True, text=True, check=True).stdout
+        for flags in ((), ("-OO",))
+    ]
+    assert printed[0] == printed[1]
+    assert all(effect and issue.startswith("https://") for effect, issue in json.loads(printed[0]))
+
+
+def test_warnings_as_errors_do_not_fail_an_import_of_upstream() -> None:
+    program = (
+        "from trainer_fsdp_patch import versions; versions.NEWEST_TESTED['transformers'] = '4.0';"
+        "import trainer_fsdp_patch; trainer_fsdp_patch.patch(); import transformers.trainer;"
+        "print(sum(s.state == 'applied' for s in trainer_fsdp_patch.status()))"
+    )
+    command = [sys.executable, "-W", "error::UserWarning", "-c", program]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert int(finished.stdout) > 5
+    assert "transformers: " in finished.stderr
+    assert "newest release tested" in finished.stderr

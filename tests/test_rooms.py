@@ -24,6 +24,7 @@ ROOMS = (
     "measuring",
     "inspecting",
     "files",
+    "ranks",
     "ground",
 )
 """From the top floor to the ground; `patching` stands alone on the ground, and knows nothing of FSDP."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import configparser
 import json
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import pytest
 from conftest import ROOT
 from packaging.version import Version
 
-from trainer_fsdp_patch import versions
+from trainer_fsdp_patch import support, versions
 from trainer_fsdp_patch.patching import registry, seams
 
 DATA = json.loads((Path(__file__).parent / "data" / "seams.json").read_text())
@@ -65,23 +64,30 @@ def test_the_data_reaches_from_the_oldest_supported_to_the_newest_tested_release
         assert versions.NEWEST_TESTED[package] in every
 
 
-def pinned_stacks() -> list[tuple[str, str, str]]:
-    """Stacks of noxfile.py, which imports more than the tests have to."""
-    for node in ast.parse((ROOT / "noxfile.py").read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "STACKS":
-            return ast.literal_eval(node.value)
-    raise AssertionError("noxfile.py has no STACKS")
+def test_the_window_holds_its_own_ends() -> None:
+    packages = ("transformers", "accelerate", "peft")
+    assert support.STACKS[0] == tuple(support.OLDEST[name] for name in packages)
+    assert support.STACKS[-1] == tuple(support.PINNED[name] for name in packages)
+    for package, release in support.PINNED.items():
+        assert Version(release) <= Version(support.NEWEST[package])
 
 
-def test_the_pins_are_the_newest_tested_releases() -> None:
+def test_setup_and_ci_have_the_releases_of_the_window() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     pinned = dict(line.split(" == ") for line in config["options.extras_require"]["test"].split("\n") if " == " in line)
-    assert {name: pinned[name] for name in versions.NEWEST_TESTED} == versions.NEWEST_TESTED
-    stacks = pinned_stacks()
-    packages = ("transformers", "accelerate", "peft")
-    assert stacks[0] == tuple(versions.OLDEST_SUPPORTED[name] for name in packages)
-    assert stacks[-1] == tuple(versions.NEWEST_TESTED[name] for name in packages)
+    assert {name: pinned[name] for name in support.PINNED} == support.PINNED
+    assert config["options"]["python_requires"] == f">={support.OLDEST['python']}"
+    named = [line.rpartition(" ")[2] for line in config["metadata"]["classifiers"].split("\n") if " 3." in line]
+    assert (named[0], named[-1]) == (support.OLDEST["python"], support.NEWEST["python"])
+    assert f"pip install torch=={support.PINNED['torch']}\n" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/limits.md"])
+def test_the_pages_say_the_window(page: str) -> None:
+    packages = ("transformers", "accelerate", "peft", "torch")
+    oldest = ", ".join(f"{name} {'.'.join(support.OLDEST[name].split('.')[:2])}" for name in packages)
+    assert f"{oldest}, and newer" in (ROOT / page).read_text()
 
 
 def test_the_wheels_have_what_is_installed() -> None:
@@ -96,7 +102,7 @@ def test_the_wheels_have_what_is_installed() -> None:
 
 def test_the_record_is_of_the_newest_tested_releases() -> None:
     record = json.loads(seams.RECORD.read_text())
-    assert record["installed"] == {name: versions.NEWEST_TESTED[name] for name in record["installed"]}
+    assert record["installed"] == {name: support.PINNED[name] for name in record["installed"]}
     looked = {seam: entry for seam, entry in record["seams"].items() if seam.split(".")[0] in versions.OLDEST_SUPPORTED}
     assert looked.keys() == {seam for seam, turns in DATA["seams"].items() if list(turns.values())[-1] is not None}
     for seam, entry in looked.items():

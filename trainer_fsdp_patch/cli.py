@@ -146,10 +146,10 @@ def _status(*, as_json: bool) -> int:
         check.import_targets()
     states = trainer_fsdp_patch.status()
     installed = {package: str(versions.installed(package) or "absent") for package in versions.NEWEST_TESTED}
+    untested = versions.untested()
     if as_json:
-        sys.stdout.write(
-            json.dumps({"installed": installed, "patches": [dataclasses.asdict(s) for s in states]}) + "\n"
-        )
+        rows = [dataclasses.asdict(state) for state in states]
+        sys.stdout.write(json.dumps({"installed": installed, "untested": untested, "patches": rows}) + "\n")
     else:
         from rich.console import Console
         from rich.table import Table
@@ -162,7 +162,11 @@ def _status(*, as_json: bool) -> int:
             text += f" (also wrapped or replaced by {state.foreign})" if state.foreign else ""
             text += f" (too late for {state.late}, wrapped before)" if state.late else ""
             table.add_row(state.name, text, state.versions, state.effect)
-        Console(width=None if Console().is_terminal else 140).print(table)
+        console = Console(width=None if Console().is_terminal else 140)
+        console.print(table)
+        for package, version in untested.items():
+            newest = versions.NEWEST_TESTED[package]
+            console.print(f"untested: {package} {version}, newest tested {newest}; `check` judges it", highlight=False)
     return int(any(state.state == "failed" for state in states))
 
 

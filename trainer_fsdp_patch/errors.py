@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 
@@ -88,6 +89,21 @@ def warn(subject: str, found: str, consequence: str, remedy: str) -> None:
         remedy: what to do.
     """
     warn_text(message(subject, found, consequence, remedy))
+
+
+def warn_in_import(text: str) -> None:
+    """Warn while somebody imports a module of upstream's.
+
+    A filter that makes warnings errors would fail that import, and leave patches behind it out. The text is logged
+    there instead.
+
+    Args:
+        text: of the warning.
+    """
+    try:
+        warn_text(text)
+    except TrainerFsdpPatchWarning:
+        logging.getLogger("trainer_fsdp_patch").warning("%s", text)
 
 
 _BETWEEN = frozenset(

@@ -5,22 +5,18 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+from trainer_fsdp_patch import support
+
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
 
     from packaging.version import Version
 
-NEWEST_TESTED = {
-    "accelerate": "1.15.0",
-    "bitsandbytes": "0.50.2",
-    "peft": "0.21.2",
-    "torch": "2.13.0",
-    "transformers": "5.24.0",
-}
-"""Newest release of each target that the test matrix of this package has run on."""
+NEWEST_TESTED = {package: release for package, release in support.NEWEST.items() if package != "python"}
+"""Newest release of each target that this package was tested on."""
 
-OLDEST_SUPPORTED = {"accelerate": "0.30.0", "peft": "0.11.0", "transformers": "4.40.0"}
-"""Oldest release of each wrapped package that the test matrix of this package has run on."""
+OLDEST_SUPPORTED = {package: support.OLDEST[package] for package in ("accelerate", "peft", "transformers")}
+"""Oldest supported release of each package whose functions are wrapped, but for torch."""
 
 
 @functools.cache
@@ -87,3 +83,8 @@ def newer_than_tested(package: str) -> bool:
     version = installed(package)
     tested = NEWEST_TESTED.get(package)
     return version is not None and tested is not None and Version(version.public) > Version(tested)
+
+
+def untested() -> dict[str, str]:
+    """Packages whose installed release is newer than the newest one tested, and that release."""
+    return {package: str(installed(package)) for package in NEWEST_TESTED if newer_than_tested(package)}

@@ -32,7 +32,6 @@ with warnings.catch_warnings():
     from architectures import ARCHITECTURES, LLAMA, Architecture
     from methods import METHODS, ON_ARCHITECTURES, ON_LLAMA
 
-from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.measuring.footprint import Footprint
 from trainer_fsdp_patch.testing import beyond, check, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup, Verdict
@@ -48,11 +47,6 @@ with warnings.catch_warnings():
         # accelerate imports it for every accelerator. On a GPU that takes a context, which no fork may have.
         with contextlib.suppress(ImportError):
             import deepspeed  # noqa: F401
-
-for _package in versions.NEWEST_TESTED:
-    if versions.newer_than_tested(_package):
-        # `nox -s upcoming` finds out whether it can be called tested; strict patches would refuse it.
-        versions.NEWEST_TESTED[_package] = str(versions.installed(_package))
 
 
 def has(method: str) -> bool:

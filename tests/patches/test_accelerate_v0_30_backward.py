@@ -19,7 +19,7 @@ def test_canary() -> None:
 
 def without_average(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
     """Train patched, with the averaging alone taken out."""
-    from trainer_fsdp_patch import collectives
+    from trainer_fsdp_patch.ranks import collectives
 
     collectives.average_gradients = lambda *args: 0
     return trial.train(setup, METHODS["vera"], base, folder, 2, True, rank)
@@ -33,7 +33,7 @@ def test_without_it_ranks_train_adapters_of_their_own(bench: Bench, tmp_path: Pa
 
 
 def counted(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
-    from trainer_fsdp_patch import collectives
+    from trainer_fsdp_patch.ranks import collectives
 
     upstream, calls = collectives.average_gradients, []
     collectives.average_gradients = lambda *args: calls.append(upstream(*args))

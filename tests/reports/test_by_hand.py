@@ -16,8 +16,8 @@ from cells import METHODS, Bench, Setup, has, reference_of, trial
 from faults import FLAVOURS, added, takes_adapters
 from safetensors.torch import load_file, save_file
 
-from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError
+from trainer_fsdp_patch.ranks import collectives
 from trainer_fsdp_patch.testing import forks, releases
 from trainer_fsdp_patch.testing.case import Outcome
 

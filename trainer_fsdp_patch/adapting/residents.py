@@ -10,9 +10,9 @@ import logging
 import weakref
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.measuring import footprint, memory
 from trainer_fsdp_patch.planning import residence
+from trainer_fsdp_patch.ranks import collectives
 
 if TYPE_CHECKING:
     import torch

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.inspecting.leaves import leaves, raw, span
 from trainer_fsdp_patch.loading import moving, streaming
 from trainer_fsdp_patch.names import PACKED
 from trainer_fsdp_patch.packing.packed import packed_of
 from trainer_fsdp_patch.packing.stand_in import is_stand_in
+from trainer_fsdp_patch.ranks import collectives
 
 if TYPE_CHECKING:
     import torch

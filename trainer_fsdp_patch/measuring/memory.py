@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.inspecting.inventory import nbytes_of
+from trainer_fsdp_patch.ranks import collectives
 
 if TYPE_CHECKING:
     import torch

@@ -44,10 +44,10 @@ class _Finder:
         try:
             fire()
         except Exception as error:
-            from trainer_fsdp_patch.errors import warn_text
+            from trainer_fsdp_patch.errors import warn_in_import
 
             text = f"patch() failed when {fullname} was imported, and the run continues without it: {error}"
-            warn_text(text)
+            warn_in_import(text)
         # The hooks of wrapt have come in front of this finder by now, and the import has passed that place.
         return importlib.util.find_spec(fullname)
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from trainer_fsdp_patch import versions
-from trainer_fsdp_patch.errors import PatchError, message, warn, warn_text
+from trainer_fsdp_patch.errors import PatchError, message, warn, warn_in_import, warn_text
 from trainer_fsdp_patch.patching import hooks, prewrapped, wrapping
 from trainer_fsdp_patch.patching.awaiting import DISABLE
+from trainer_fsdp_patch.patching.documentation import documentation
 
 logger = logging.getLogger("trainer_fsdp_patch")
 
@@ -94,9 +95,9 @@ class Patch:
         self.name = module.rsplit(".", 1)[-1]
         self.versions, self.target, self.fixed_in = versions, target, fixed_in
         self.needs, self.alongside, self.vital, self.witness = needs, alongside, vital, witness
-        documentation = (sys.modules[module].__doc__ or "").strip()
-        self.effect = documentation.split("\n", 1)[0]
-        lines = dict(line.partition(": ")[::2] for line in documentation.splitlines())
+        text = documentation(sys.modules[module])
+        self.effect = text.split("\n", 1)[0]
+        lines = dict(line.partition(": ")[::2] for line in text.splitlines())
         self.area, self.issue, self.removal = (lines.get(name, "") for name in LINES)
         self.seams: list[wrapping.Seam] = []
         self.state, self.reason = UNUSED, ""
@@ -298,10 +299,7 @@ def _apply(item: Patch, module: ModuleType) -> None:
         return
     package = versions.package_of(item.versions)
     version = versions.installed(package)
-    untested = versions.newer_than_tested(package)
     try:
-        if untested and item.strict:
-            raise PatchError(NEWER.format(version, versions.NEWEST_TESTED[package]))
         wrapping.apply(module, item.seams)
     except Exception as error:
         item.state, item.reason = FAILED, f"{error} in {package} {version}"
@@ -313,21 +311,22 @@ def _apply(item: Patch, module: ModuleType) -> None:
         )
         if item.strict:
             raise PatchError(text, patch=item.name, found=str(error)) from error
-        warn_text(text)
+        warn_in_import(text)
         return
     item.state, item.reason = APPLIED, ""
-    if untested:
+    if versions.newer_than_tested(package):
         _warn_untested(package, str(version))
 
 
 @functools.cache
 def _warn_untested(package: str, version: str) -> None:
-    warn(
+    text = message(
         package,
         NEWER.format(version, versions.NEWEST_TESTED[package]),
         "The seams have the signatures that the patches know, so the patches are applied",
         "Run `python -m trainer_fsdp_patch check` to see that they hold",
     )
+    warn_in_import(text)
 
 
 def unpatch() -> None:

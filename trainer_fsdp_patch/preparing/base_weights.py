@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import agreement, bits, collectives
+from trainer_fsdp_patch import bits
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.inspecting.leaves import span
 from trainer_fsdp_patch.loading import taking
 from trainer_fsdp_patch.planning.prepared import Prepared
+from trainer_fsdp_patch.ranks import agreement, collectives
 
 if TYPE_CHECKING:
     import torch

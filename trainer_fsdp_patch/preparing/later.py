@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import agreement, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.planning.prepared import Prepared
+from trainer_fsdp_patch.ranks import agreement, collectives
 from trainer_fsdp_patch.saving import adapter_state
 from trainer_fsdp_patch.training import steps
 

@@ -9,9 +9,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import agreement
 from trainer_fsdp_patch.errors import warn
 from trainer_fsdp_patch.files import reading, verify
+from trainer_fsdp_patch.ranks import agreement
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -6,11 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trainer_fsdp_patch import agreement
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.measuring import footprint
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
+from trainer_fsdp_patch.ranks import agreement
 from trainer_fsdp_patch.shadowing import shadowed
 
 if TYPE_CHECKING:

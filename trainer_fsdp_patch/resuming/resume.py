@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import agreement, collectives
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.files import reading, verify
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import file_key, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared_for
+from trainer_fsdp_patch.ranks import agreement, collectives
 from trainer_fsdp_patch.saving import adapter_state, gathering
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import agreement, collectives
 from trainer_fsdp_patch.errors import AdapterError, warn
 from trainer_fsdp_patch.files import verify
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.packing import state_dict as packing
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_by, prepared_for
+from trainer_fsdp_patch.ranks import agreement, collectives
 from trainer_fsdp_patch.saving import embeddings, gathering, liveness, naming
 from trainer_fsdp_patch.shadowing import shadowed
 

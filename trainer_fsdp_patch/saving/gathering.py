@@ -6,10 +6,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
-from trainer_fsdp_patch import agreement, collectives, versions
+from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
+from trainer_fsdp_patch.ranks import agreement, collectives
 
 if TYPE_CHECKING:
     import torch

@@ -6,10 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import AdapterError, warn
 from trainer_fsdp_patch.names import canonical, unwrap
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_for
+from trainer_fsdp_patch.ranks import collectives
 from trainer_fsdp_patch.saving import adapter_state, embeddings, gathering, naming
 
 if TYPE_CHECKING:

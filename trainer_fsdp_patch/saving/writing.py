@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from trainer_fsdp_patch import agreement, bits, collectives
+from trainer_fsdp_patch import bits
 from trainer_fsdp_patch.errors import AdapterError, warn
 from trainer_fsdp_patch.planning.prepared import any_prepared, prepared_by
+from trainer_fsdp_patch.ranks import agreement, collectives
 
 if TYPE_CHECKING:
     import torch

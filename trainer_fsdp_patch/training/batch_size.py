@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.errors import RankError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.measuring import footprint
 from trainer_fsdp_patch.planning.prepared import prepared_by, prepared_for
+from trainer_fsdp_patch.ranks import collectives
 from trainer_fsdp_patch.training import steps
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import collectives
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.names import PACKED
 from trainer_fsdp_patch.packing.packed import packed_of
 from trainer_fsdp_patch.planning.prepared import Prepared, prepared_with
+from trainer_fsdp_patch.ranks import collectives
 from trainer_fsdp_patch.saving import gathering
 
 if TYPE_CHECKING:

@@ -8,11 +8,12 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from trainer_fsdp_patch import buckets, casts, collectives
+from trainer_fsdp_patch import casts
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.inspecting import elementwise, inventory
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning.prepared import Prepared, held_by, prepared_for
+from trainer_fsdp_patch.ranks import buckets, collectives
 from trainer_fsdp_patch.saving import liveness
 from trainer_fsdp_patch.training import gradients
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import buckets
 from trainer_fsdp_patch.errors import AdapterError, RankError
+from trainer_fsdp_patch.ranks import buckets
 
 if TYPE_CHECKING:
     import torch

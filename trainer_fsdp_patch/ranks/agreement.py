@@ -26,8 +26,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch import bits
-from trainer_fsdp_patch.collectives import collective
 from trainer_fsdp_patch.errors import AdapterError
+from trainer_fsdp_patch.ranks.collectives import collective
 
 if TYPE_CHECKING:
     import torch

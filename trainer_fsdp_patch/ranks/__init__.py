@@ -1,0 +1,1 @@
+"""What ranks send each other: gradients in buffers that stay, and digests that must agree."""
