@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
-from trainer_fsdp_patch.preparing import native
+from trainer_fsdp_patch.saving import native
 
 if TYPE_CHECKING:
     from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped

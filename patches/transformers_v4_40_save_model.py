@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from trainer_fsdp_patch import gates
 from trainer_fsdp_patch.patching.registry import Patch
 from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped, argument
-from trainer_fsdp_patch.preparing import native
-from trainer_fsdp_patch.saving import adapter_state, writing
+from trainer_fsdp_patch.saving import adapter_state, native, writing
 
 if TYPE_CHECKING:
     from transformers import Trainer

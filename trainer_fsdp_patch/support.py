@@ -46,6 +46,7 @@ STACKS = [
     ("5.14.1", "1.14.0", "0.20.0"),  # transformers.distributed
     ("5.17.0", "1.14.0", "0.19.1"),  # EmbeddingParallel is gone
     ("5.19.0", "1.14.0", "0.21.1"),  # peft finds tensors by prefix
+    ("5.20.2", "1.5.2", "0.19.0"),  # asks for FSDP2's arguments where accelerate has none
     ("5.24.0", "1.15.0", "0.21.2"),  # newest
 ]
 """transformers, accelerate and peft: the oldest, each turn of the code that the patches wrap, the newest."""

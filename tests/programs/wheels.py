@@ -71,8 +71,18 @@ class Source:
         """What `seams.look` gives where the release is installed."""
         function = self.find(target, path)
         if function is None:
-            return self.imported(target, path)
+            return self.made(target, path) or self.imported(target, path)
         return {"parameters": parameters(function), "digest": seams.digest(self.text(function))}
+
+    def made(self, module: str, path: str) -> dict[str, object] | None:
+        """The `__init__` of a class whose decorator `dataclass` makes it."""
+        name, _, method = path.partition(".")
+        tree = self.tree(module)
+        for node in ast.walk(tree) if tree is not None and method == "__init__" else ():
+            if isinstance(node, ast.ClassDef) and node.name == name and _is_dataclass(node):
+                fields = ["self", *(ast.unparse(item.target) for item in node.body if isinstance(item, ast.AnnAssign))]
+                return {"parameters": fields, "digest": seams.digest(seams.generated(fields))}
+        return None
 
     def imported(self, module: str, name: str) -> dict[str, object] | None:
         """Name of what a module imports from another package."""
@@ -120,6 +130,10 @@ class Source:
 def _is_overload(node: ast.FunctionDef | ast.ClassDef) -> bool:
     """Whether a definition is for type checkers alone, and another one runs."""
     return any(ast.unparse(item).endswith("overload") for item in node.decorator_list)
+
+
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    return any(ast.unparse(item).partition("(")[0].endswith("dataclass") for item in node.decorator_list)
 
 
 def parameters(function: ast.FunctionDef) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,10 +82,21 @@ def look(target: str, path: str) -> Entry | None:
     function = inspect.unwrap(getattr(function, "__func__", function))
     if function.__module__.split(".")[0] != target.split(".")[0]:
         return {"imported": f"{function.__module__}.{function.__qualname__}"}
-    return {
-        "parameters": list(inspect.signature(function).parameters),
-        "digest": digest(inspect.getsource(function)),
-    }
+    parameters = list(inspect.signature(function).parameters)
+    try:
+        source = inspect.getsource(function)
+    except OSError:
+        source = generated(parameters)
+    return {"parameters": parameters, "digest": digest(source)}
+
+
+def generated(parameters: Sequence[str]) -> str:
+    """What stands for the source of an `__init__` that dataclasses made: it has none, and follows from the fields.
+
+    Args:
+        parameters: names of its parameters, with `self`.
+    """
+    return f"def __init__({', '.join(parameters)})"
 
 
 def digest(source: str) -> str:
