@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 patch = Patch(__name__, versions="torch>=2.6.dev0", target="torch.distributed.fsdp._fully_shard._fully_shard")
 
 
-@patch.wrap("FSDPModule._apply", "self", "args", "kwargs", only=gates.instance_planned)
+@patch.wrap("FSDPModule._apply", "self", "...", only=gates.instance_planned)
 def read_dtypes_again(wrapped: Wrapped, instance: nn.Module, args: Args, kwargs: Kwargs) -> object:
     """Have each group take room for the new dtype; it took that before its first forward."""
     return casting.applied(wrapped, instance, *args, **kwargs)
