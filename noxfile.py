@@ -1,8 +1,8 @@
 """Every supported stack in a fresh environment.
 
 `nox` trains five adapters on each stack, stock and patched, and prints the table of all. `nox -s patches` runs the
-patches' own tests on each, `nox -s upcoming` everything on the newest pre-releases, and `nox -s torches` the stacks
-with the torch releases whose PyPI builds bring several GB.
+patches' own tests on each, `nox -s newest` judges the newest of everything, and `nox -s torches` runs the stacks with
+the torch releases whose PyPI builds bring several GB.
 """
 
 from __future__ import annotations
@@ -78,16 +78,19 @@ def ci(session: nox.Session, stack: tuple[str, str, str]) -> None:
 
 
 @nox.session
-def upcoming(session: nox.Session) -> None:
-    """The newest pre-releases: what moved, and whether the patches hold. It may fail."""
-    session.install(f"torch=={TORCH}")
-    extra = [f"bitsandbytes=={BITSANDBYTES}", "scipy", "pytest", "pytest-timeout", "-e", "."]
-    session.install("--pre", "--upgrade", *(session.posargs or ("transformers", "accelerate", "peft")), *extra)
-    either = [0, 1]
-    session.run("python", "-m", "trainer_fsdp_patch", "seams", success_codes=either)
-    session.run("python", "tests/programs/stacks.py", "--no-stock", success_codes=either)
-    command = ["python", "-m", "pytest", "-o", "filterwarnings=default", "-q", "tests/patches"]
-    session.run(*command, success_codes=either)
+def newest(session: nox.Session) -> None:
+    """Judge the newest of everything that the index has: `nox -s newest -- [--pre] [--markdown FILE] [PIN ...]`.
+
+    `--pre` takes release candidates too. A pin, such as transformers==5.24.0, takes the place of the newest.
+    """
+    pre = ["--pre"] if "--pre" in session.posargs else []
+    pins = [argument for argument in session.posargs if "==" in argument]
+    rest = [argument for argument in session.posargs if argument not in (*pre, *pins)]
+    packages = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
+    free = [package for package in packages if not any(pin.startswith(f"{package}==") for pin in pins)]
+    extra = ["torchao", "scipy", "scikit-learn", "deepspeed", "pytest", "pytest-timeout", "-e", "."]
+    session.install("--upgrade", *pre, *free, *pins, *extra)
+    session.run("python", "tests/programs/newest.py", *rest)
 
 
 @nox.session

@@ -36,10 +36,11 @@ def test_save_only_model(bench: Bench) -> None:
 @pytest.mark.long
 def test_below_torch_compile(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     scene, setup = checkpoints.Scene(bench), Setup("f1", fsdp=1)
-    monkeypatch.setattr(forks, "TIMEOUT", 20.0)
-    assert checkpoints.cell(checkpoints.compiled, scene, setup, patched=False)
-    # A compiler may be slow.
-    monkeypatch.setattr(forks, "TIMEOUT", 180.0)
+    # A compiler may be slow. A run that hangs proves nothing of stock either.
+    monkeypatch.setattr(forks, "TIMEOUT", 400.0)
+    stock = checkpoints.cell(checkpoints.compiled, scene, setup, patched=False)
+    assert stock
+    assert "hung" not in stock
     assert checkpoints.cell(checkpoints.compiled, scene, setup, patched=True) == ""
 
 
