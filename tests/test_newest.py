@@ -71,11 +71,13 @@ def test_the_verdict_of_a_newer_release(report: newest.Report, said: str) -> Non
 
 
 @pytest.mark.usefixtures("newer")
-def test_seams_that_moved_are_named() -> None:
-    report = newest.Report(moves=[seams.Move("peft.a.b", ("peft_v0_11_merge",), "body", "read it")])
+def test_seams_that_moved_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch = registry.find("peft_v0_11_merge")
+    name = f"{patch.target}.{patch.seams[0].path}"
+    report = newest.Report(moves=[seams.Move(name, (patch.name,), "signature", "() -> (model)")])
     assert newest.verdict(report, "peft") == "right; 1 seams moved, read their bodies"
-    report.moves.append(seams.Move("peft.a.c", ("peft_v0_11_merge",), "gone", ""))
-    assert newest.verdict(report, "peft") == "broken: peft.a.c gone"
+    monkeypatch.setattr(patch.seams[0], "parameters", ("self", "other"))
+    assert newest.verdict(report, "peft") == f"broken: {name} signature"
 
 
 def test_a_patch_that_stands_aside_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,7 @@ def judged() -> Report:
 def verdict(report: Report, package: str) -> str:
     """One line for a package; a cell that is worse is the fault of each that is newer than tested."""
     here = [move for move in report.moves if move.seam.split(".")[0] == package]
-    broken = [move for move in here if move.state in ("signature", "gone") and any(map(_concerns, move.patches))]
+    broken = [move for move in here if seams.is_broken(move)]
     worse = sum(change.worse for change in report.changes)
     healed = sum(change.healed for change in report.changes)
     if broken:
@@ -188,10 +188,6 @@ def verdict(report: Report, package: str) -> str:
         return f"wrong: {worse} cells are worse"
     said = f"right; {len(here)} seams moved, read their bodies" if here else "right; no seam moved"
     return f"{said}; stock has healed in {healed} cells" if healed else said
-
-
-def _concerns(name: str) -> bool:
-    return registry.find(name).concerns()
 
 
 def markdown(report: Report) -> str:

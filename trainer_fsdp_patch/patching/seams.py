@@ -154,5 +154,18 @@ def report() -> int:
     console = Console(width=None if Console().is_terminal else 140)
     console.print(table if moved else title)
     console.print(f"{len(moved)} of {len(every)} seams moved")
-    broken = [name for move in moved if move.state in ("signature", "gone") for name in move.patches]
-    return int(any(registry.find(name).concerns() for name in broken))
+    return int(any(map(is_broken, moved)))
+
+
+def is_broken(move: Move) -> bool:
+    """Whether a patch that concerns what is installed cannot be applied to what the seam has become."""
+    if move.state not in ("signature", "gone"):
+        return False
+    concerned = [registry.find(name) for name in move.patches if registry.find(name).concerns()]
+    seams = [(item, seam) for item in concerned for seam in item.seams if f"{item.target}.{seam.path}" == move.seam]
+    return not all(_fits(look(item.target, seam.path), seam) for item, seam in seams)
+
+
+def _fits(entry: Entry | None, seam: wrapping.Seam) -> bool:
+    """Whether a wrapper takes a function; what is imported from elsewhere is looked at when the patch is applied."""
+    return entry is not None and ("parameters" not in entry or seam.takes(tuple(entry["parameters"])))
