@@ -41,6 +41,7 @@ KINDS = {
     "torchao int8": {"quantizer": "torchao-int8"},
     "quanto int8": {"quantizer": "quanto-int8"},
     "gptq": {"quantizer": "gptq"},
+    "aqlm": {"quantizer": "aqlm"},
 }
 """Bases with what a user asks for, and the default of everything else."""
 

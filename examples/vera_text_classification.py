@@ -69,7 +69,7 @@ def base_model():
 
 def arguments(given: argparse.Namespace, ranks: int) -> TrainingArguments:
     """The same global batch, whatever the number of ranks."""
-    cuda = torch.cuda.device_count() >= ranks
+    on_accelerators = torch.accelerator.device_count() >= ranks
     distributed = {}
     if ranks > 1:
         distributed = {
@@ -77,9 +77,9 @@ def arguments(given: argparse.Namespace, ranks: int) -> TrainingArguments:
             "fsdp_config": {
                 "version": given.fsdp,
                 "transformer_layer_cls_to_wrap": ["BertLayer"],
-                **({"sync_module_states": cuda} if given.fsdp == 1 else {}),
+                **({"sync_module_states": on_accelerators} if given.fsdp == 1 else {}),
             },
-            "ddp_backend": None if cuda else "gloo",
+            "ddp_backend": None if on_accelerators else "gloo",
         }
     return TrainingArguments(
         output_dir=given.out,
@@ -95,7 +95,7 @@ def arguments(given: argparse.Namespace, ranks: int) -> TrainingArguments:
         logging_steps=20,
         report_to=[],
         disable_tqdm=True,
-        use_cpu=not cuda,
+        use_cpu=not on_accelerators,
         seed=0,
         **distributed,
     )

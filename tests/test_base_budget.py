@@ -19,7 +19,7 @@ from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting import sharing
 from trainer_fsdp_patch.measuring import footprint
 from trainer_fsdp_patch.planning import expecting, residence
-from trainer_fsdp_patch.testing import forks, releases
+from trainer_fsdp_patch.testing import forks, recording, releases
 from trainer_fsdp_patch.testing.case import Outcome
 
 LAYERS = 4
@@ -132,7 +132,7 @@ def inside(setup: Setup, strategy: str, base: str, folder: str, rank: int) -> Ou
         )
     model = METHODS["lora"](trial.load_base(base, setup))
     trainer = Trainer(model=model, args=given, train_dataset=trial.dataset(trial.STEPS * trial.BATCH))
-    with trial.counter()() as counted:
+    with recording.counter()() as counted:
         trainer.train()
     kinds = [
         type(module).__name__

@@ -19,31 +19,7 @@ def test_check_is_right_in_every_set_up() -> None:
     assert len(rows) == 6
     assert [row[3].strip() for row in rows] == ["right"] * 6
     assert [row[2].strip() == "right" for row in rows] == [False, False, False, True, False, False]
-
-
-def test_check_fails_where_a_patched_cell_is_wrong(python: Callable[..., str]) -> None:
-    code = """
-from trainer_fsdp_patch.ranks import collectives
-from trainer_fsdp_patch.testing import check
-check.SETUPS = check.SETUPS[3:4]
-collectives.average_gradients = lambda *args: 0
-print(check.run())
-"""
-    printed = python(code)
-    assert printed.endswith("\n1")
-    assert "differ between ranks" in printed
-
-
-def test_check_on_a_number_of_ranks_that_does_not_divide_its_batch(python: Callable[..., str]) -> None:
-    code = """
-from trainer_fsdp_patch.testing import check
-check.SETUPS = check.SETUPS[:1] + check.SETUPS[-1:]
-check.ranks = lambda: 3
-print(check.run())
-"""
-    printed = python(code)
-    assert "VeRA on 3 ranks" in printed
-    assert printed.endswith("\n0")
+    assert finished.stdout.splitlines()[-1] == "6 of 6 right"
 
 
 def test_status_as_json_and_as_a_table(python: Callable[..., str]) -> None:

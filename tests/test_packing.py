@@ -18,12 +18,13 @@ from keeper import Block, Head, Keeper
 from torch import nn
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch.errors import AdapterError
+from trainer_fsdp_patch.errors import AdapterError, PlanError
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.inspecting.leaves import leaves
 from trainer_fsdp_patch.names import PACKED
 from trainer_fsdp_patch.packing import choosing, planned, state_dict
 from trainer_fsdp_patch.packing.packed import Packed, packed_layers, packed_of
+from trainer_fsdp_patch.planning.plan import Plan, make_plan
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome
 
@@ -213,6 +214,66 @@ def test_a_parameter_that_somebody_kept_is_empty() -> None:
     record.show(stored(layer))
     assert layer.weight is weight
     assert weight.numel() == 2048  # type: ignore[operator]
+
+
+def test_a_layer_that_gives_a_tensor_other_memory_is_refused() -> None:
+    """As AQLM's do on a CPU: what is computed there once would not be there in the next forward."""
+    layer = Keeper(0)
+    record = packed(layer)
+    record.show(stored(layer))
+    layer.codes.data = layer.codes.data.flip(0)
+    with pytest.raises(AdapterError, match=r"^0\.codes: the layer has given it other memory in a forward\. "):
+        record.hide()
+
+
+def test_a_parameter_of_numbers_moves_whatever_its_size() -> None:
+    """FSDP would cast a scale, and takes no scalar; FP8 layers have one for each tensor."""
+    layer = Keeper(0)
+    layer.scale = nn.Parameter(torch.tensor(1 / 3), requires_grad=False)
+    layer.few = nn.Parameter(torch.arange(3), requires_grad=False)
+    record = packed(layer)
+    assert record.moved["scale"] == "parameter"
+    assert set(layer._parameters) == {PACKED, "few"}
+    record.show(stored(layer))
+    assert layer.scale.shape == ()
+    assert float(layer.scale) == float(torch.tensor(1 / 3))
+
+
+def test_a_tensor_with_two_names_in_a_layer_moves_and_one_of_two_layers_stays() -> None:
+    """peft gives the codes of AQLM's layers the name `qweight` too."""
+    first, second = Keeper(0), Keeper(1)
+    first.again = first.codes
+    model = nn.Sequential(first, second)
+    found = choosing.candidates(inventory.take(model), ())
+    assert [item.name for item in found] == ["0", "1"]
+    assert {"0.codes", "0.again"} <= found[0].names
+    second.codes = first.codes
+    assert not any("codes" in name for item in choosing.candidates(inventory.take(model), ()) for name in item.names)
+    record = packed(first)
+    record.show(stored(first))
+    assert first.again is first.codes
+    record.hide()
+    assert first.again is first.codes
+
+
+@pytest.mark.parametrize(("plain", "hooked"), [(True, True), (True, False), (False, True)])
+def test_a_layer_that_a_hook_is_to_rebuild_is_refused(plain: bool, hooked: bool) -> None:
+    """A torch layer with codes for a weight, below a hook before a forward; without either nobody rebuilds it."""
+    layer: nn.Module = nn.Linear(64, 64, bias=False).requires_grad_(False) if plain else Keeper(0)
+    if plain:
+        layer.weight = nn.Parameter(torch.ones(64, 64, dtype=torch.int8), requires_grad=False)
+    model = nn.Sequential(nn.Linear(64, 64).requires_grad_(False), nn.Sequential(layer))
+    if hooked:
+        model.register_forward_pre_hook(lambda module, args: None)
+    if not (plain and hooked):
+        assert plan_of(model).placements
+        return
+    with pytest.raises(PlanError, match=r"^1\.0: a torch Linear that keeps int8, for a hook to rebuild it"):
+        plan_of(model)
+
+
+def plan_of(model: nn.Module) -> Plan:
+    return make_plan(model, units=["Sequential"], ranks=2)
 
 
 def test_tables_that_layers_share_and_small_tensors_stay() -> None:

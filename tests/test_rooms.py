@@ -12,6 +12,7 @@ import trainer_fsdp_patch
 
 PACKAGE = Path(trainer_fsdp_patch.__file__).parent
 ROOMS = (
+    "checking",
     "testing",
     "preparing",
     "adapting",
@@ -34,9 +35,9 @@ DOOR = {"__init__", "__main__", "cli", "gates"}
 TAGS = {
     "adapting/residents.py": ["torch 2.8"],
     "casts.py": ["torch 2.4"],
+    "devices.py": ["torch 2.6", "torch 2.6", "torch 2.5"],
     "inspecting/inventory.py": ["torch 2.5"],
     "inspecting/tuning.py": ["peft 0.15"],
-    "measuring/memory.py": ["torch 2.6"],
     "inspecting/sharing.py": ["accelerate 1.6"],
     "packing/planned.py": ["torch 2.8"],
     "planning/budget.py": ["accelerate 1.15", "torch 2.13"],
@@ -74,7 +75,7 @@ def wrong_arrows(room: str, text: str) -> list[str]:
     """Imports that a module of a room must not have."""
     below = ("patching", "ground") if room == "patching" else ROOMS[ROOMS.index(room) :]
     # `check` shows what patches do: it is no part of the engine.
-    below += ("patching",) if room == "testing" else ()
+    below += ("patching",) if room in ("checking", "testing") else ()
     return [str(path) for path in sorted(imported(text)) if room_of(path) not in below]
 
 
@@ -120,7 +121,7 @@ def test_version_differences_are_tagged() -> None:
             assert parsed, f"{path}: {match[0]}"
             tags.setdefault(str(path), []).append(f"{parsed[1]} {parsed[2]}")
         asks = [number for number, line in enumerate(lines) if "at_least(" in line and "def at_least" not in line]
-        engine = room_of(path) not in ("testing", "door", "patching")
+        engine = room_of(path) not in ("checking", "testing", "door", "patching")
         untagged = [number + 1 for number in asks if not any("# until" in line for line in lines[number - 3 : number])]
         assert untagged == [] or not engine, path
     assert tags == TAGS

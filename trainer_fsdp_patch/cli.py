@@ -1,4 +1,4 @@
-"""Command line: `check` trains two ranks, `status` lists the patches, `verify` and `repair` are for saved adapters."""
+"""Command line: `check` trains on ranks, `status` lists the patches, `verify` and `repair` are for saved adapters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.checking import options
 from trainer_fsdp_patch.errors import message
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     """Every command with its arguments."""
     program = argparse.ArgumentParser(prog="python -m trainer_fsdp_patch", description=__doc__)
     commands = program.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="train a tiny VeRA on two ranks, stock and patched, next to one process")
+    options.add_arguments(commands.add_parser("check", help=options.HELP))
     status = commands.add_parser("status", help="which patches concern what is installed")
     form = status.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments behind the program's name; None takes those of the process.
 
     Returns:
-        The exit code. That of `check` is 0 only if every patched cell is right. That of `verify` is 0 only if nothing
+        The exit code. `check --help` has those of `check`. That of `verify` is 0 only if nothing
         is wrong with the file, that of `repair` with its copy.
     """
     given = parser().parse_args(argv)
@@ -71,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{text}\n")
         return 2
     if given.command == "check":
-        from trainer_fsdp_patch.testing import check
-
-        return check.run()
+        return _check(given)
     if given.command == "seams":
         return _seams(record=given.record)
     if given.markdown:
@@ -82,6 +81,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(markdown(trainer_fsdp_patch.status()))
         return 0
     return _status(as_json=given.json)
+
+
+def _check(given: argparse.Namespace) -> int:
+    """Train stock and patched; 2 where an argument is of no use."""
+    from trainer_fsdp_patch.checking import run
+    from trainer_fsdp_patch.checking.errors import CheckError
+
+    try:
+        asked = options.read(given)
+    except CheckError as error:
+        sys.stderr.write(f"{error}\n")
+        return run.REFUSED
+    return run.run(asked)
 
 
 def _saved(given: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import pytest
 from cells import METHODS, Bench, Setup, has, reference_of
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import versions
+from trainer_fsdp_patch import devices, versions
 from trainer_fsdp_patch.patching import registry, wrapping
 from trainer_fsdp_patch.testing import case, forks, releases, trial
 
@@ -190,7 +190,7 @@ def runs_out(place: str, ranks: tuple[int, ...] = (0, 1), step: int = 0) -> chec
 
         def fails(gradient: Any = None) -> Any:
             failed.append(trainer.state.global_step)
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            raise devices.out_of_memory()("CUDA out of memory. Tried to allocate 20.00 MiB")
 
         def before(module: Any, args: Any, kwargs: Any) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]

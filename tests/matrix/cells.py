@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer_fsdp_patch import devices
 from trainer_fsdp_patch.testing import case, forks
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,6 +30,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    devices.keep_forkable()
     from architectures import ARCHITECTURES, LLAMA, Architecture
     from methods import METHODS, ON_ARCHITECTURES, ON_LLAMA
 
@@ -39,13 +41,12 @@ from trainer_fsdp_patch.testing.case import Outcome, Setup, Verdict
 check.import_targets()
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    with contextlib.suppress(ImportError):
-        import bitsandbytes  # noqa: F401
-    import torch
-
-    if not torch.cuda.is_available():
-        # accelerate imports it for every accelerator. On a GPU that takes a context, which no fork may have.
+    if devices.kind() == "cpu":
+        # Each asks an accelerator what it can do. That begins its runtime, and such a parent can fork no rank.
         with contextlib.suppress(ImportError):
+            import bitsandbytes  # noqa: F401
+        with contextlib.suppress(ImportError):
+            # accelerate imports it for every accelerator.
             import deepspeed  # noqa: F401
 
 

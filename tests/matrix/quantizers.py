@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import compressed
 import torch
 from torch import nn
 
@@ -78,14 +79,38 @@ def _hqq(layer: nn.Linear) -> nn.Module:
     return HQQLinear(layer, config, compute_dtype=layer.weight.dtype, device="cpu")  # type: ignore[no-untyped-call]
 
 
+def _aqlm(layer: nn.Linear) -> nn.Module:
+    """AQLM's own layer; on a CPU torch computes it where codebooks have another size than 256."""
+    from aqlm import QuantizedLinear
+
+    books, size, width = 2, 16, 4
+    made: nn.Module = QuantizedLinear(
+        layer.in_features, layer.out_features, width, 1, books, 4, bias=False, dtype=layer.weight.dtype
+    )
+    weight = layer.weight.detach().float()
+    scales = weight.abs().amax(1, keepdim=True)
+    left = (weight / scales).reshape(-1, width)
+    for index in range(books):
+        book = left[torch.randperm(len(left), generator=torch.Generator().manual_seed(index))[:size]]
+        codes = torch.cdist(left, book).argmin(1)
+        made.codebooks.data[index, :, 0] = book.to(layer.weight.dtype)  # type: ignore[union-attr, operator, index]
+        made.codes.data[..., index] = codes.reshape(made.codes.shape[:2])  # type: ignore[union-attr, operator, index]
+        # The next codebook codes what this one has left over.
+        left = left - book[codes]
+    made.scales.data = scales.to(layer.weight.dtype)[..., None, None]
+    return made
+
+
 CONFIGURED: dict[str, Callable[[Setup], Any]] = {"torchao": _torchao, "quanto": _quanto}
-REPLACED: dict[str, Callable[[nn.Linear], nn.Module]] = {"gptq": PackedLinear, "fp8": _fp8, "hqq": _hqq}
+REPLACED: dict[str, Callable[[nn.Linear], nn.Module]] = {"gptq": PackedLinear, "fp8": _fp8, "hqq": _hqq, "aqlm": _aqlm}
 """Those that transformers loads, and those whose layers are put in place here: it has none for HQQ (5.24)."""
 
 
 def load(folder: str, setup: Setup, kind: Any) -> Any:
     """Load a base as its set-up has it quantized."""
     name = setup.quantizer.partition("-")[0]
+    if name == "compressed":
+        return compressed.load(folder, setup, kind)
     quantization = CONFIGURED[name](setup) if name in CONFIGURED else None
     model = trial.load_base(folder, setup, kind, quantization)
     if name in REPLACED:

@@ -103,7 +103,7 @@ def checked(report: Report) -> None:
         report.compare("check", "all", "patched", "", (done.stderr.strip().splitlines() or ["no text"])[-1])
         return
     for row in rows:
-        report.compare("check", row["name"], "patched", "", row["patched"])
+        report.compare("check", row["set-up"], "patched", "", row["patched"]["error"])
 
 
 def stacked(report: Report) -> None:

@@ -17,7 +17,7 @@ from cells import Bench, Setup, reference_of
 from checkpoints import failure
 from faults import FLAVOURS, fsdp2, packed
 
-from trainer_fsdp_patch import bits, versions
+from trainer_fsdp_patch import bits, devices, versions
 from trainer_fsdp_patch.testing import case, forks, trial
 from trainer_fsdp_patch.testing.case import Outcome
 
@@ -83,8 +83,8 @@ def decomposed(name: str) -> Any:
     return configure
 
 
-# peft's LoftQ moves weights to a CUDA device by name.
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="peft decomposes for LoftQ on CUDA only")
+# peft's LoftQ moves weights to an accelerator by name.
+on_gpu = pytest.mark.skipif(devices.kind() == "cpu", reason="peft decomposes for LoftQ on an accelerator only")
 NAMED: list[Any] = ["olora"]
 if versions.at_least("peft", "0.15.0"):
     has_attrs = pytest.mark.skipif(importlib.util.find_spec("attr") is None, reason="peft's CorDA imports attrs")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from trainer_fsdp_patch import devices
 from trainer_fsdp_patch.inspecting.inventory import nbytes_of
 from trainer_fsdp_patch.ranks import collectives
 
@@ -44,15 +45,13 @@ class Room(NamedTuple):
 
 def measured(device: torch.device) -> tuple[int, int]:
     """Free and total bytes of a device, or of a rank's part of the machine where it is the CPU."""
-    import torch
-
     if device.type == "cpu":
         import psutil  # type: ignore[import-untyped, unused-ignore]
 
         here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
         found = psutil.virtual_memory()
         return int(found.available) // here, int(found.total) // here
-    module = getattr(torch, device.type)
+    module = devices.module(device.type)
     free, total = module.mem_get_info(device)
     # torch keeps what it has freed, and hands it out again.
     return int(free + module.memory_reserved(device) - module.memory_allocated(device)), int(total)
@@ -70,20 +69,10 @@ def room(model: nn.Module, device: torch.device | None = None, arguments: object
         device: of the rank; None is the accelerator that is there, or the CPU.
         arguments: TrainingArguments, or None for one row.
     """
-    device = device or _device()
+    device = device or devices.current()
     free, total = meter(device)
     held = {id(item): nbytes_of(item) for item in model.parameters() if item.device.type == device.type}
     return Room(free + sum(held.values()), total, activations(model, total, arguments))
-
-
-def _device() -> torch.device:
-    """The accelerator that is there, or the CPU."""
-    import torch
-
-    # until torch 2.6: it has no name for whatever accelerator is there
-    if not hasattr(torch, "accelerator"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
 
 
 def activations(model: nn.Module, total: int, arguments: object = None) -> int:
@@ -128,12 +117,10 @@ def _itemsize(model: nn.Module) -> int:
 
 def left(device: torch.device) -> tuple[int, int]:
     """Bytes of a device that nothing has used since the last call, or of the CPU now, and all of its bytes."""
-    import torch
-
     free, total = measured(device)
     if device.type == "cpu":
         return free, total
-    module = getattr(torch, device.type)
+    module = devices.module(device.type)
     peak = int(module.max_memory_allocated(device) - module.memory_allocated(device))
     module.reset_peak_memory_stats(device)
     return free - peak, total

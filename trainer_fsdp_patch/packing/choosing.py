@@ -87,7 +87,8 @@ def candidates(taken: Inventory, barred: Iterable[str]) -> list[Candidate]:
     """
     layers, barred = quantized_layers(taken), set(barred)
     shared = shared_ranges(layers.values())
-    users = Counter(id(slot.tensor) for slot in taken.slots)
+    # A layer may have two names for a tensor, as peft gives AQLM's codes another one.
+    users = Counter(tensor for tensor, _ in {(id(slot.tensor), id(slot.module)) for slot in taken.slots})
     tied = {slot.name for slot in taken.slots if users[id(slot.tensor)] > 1}
     found = []
     for name, layer in layers.items():

@@ -17,7 +17,10 @@ ALIGNED = 16
 """Each part starts at a multiple of so many bytes, so that it can be viewed in any dtype."""
 
 SMALLEST = 64
-"""Bytes below which a tensor stays as it is on each rank, such as an offset: its place would cost as much."""
+"""Bytes below which a tensor stays as it is on each rank, such as an offset: its place would cost as much.
+
+Parameters of plain numbers move at any size: FSDP would cast them, and refuse those without a dimension.
+"""
 
 Range = tuple[int, int, int]
 """Identity of a storage, first byte, and last byte plus one."""
@@ -95,15 +98,12 @@ def is_movable(leaf: Leaf, layer: nn.Module, shared: Collection[Range]) -> bool:
     tensor = leaf.tensor
     if tensor.layout is not torch.strided or tensor.requires_grad or span(tensor) in shared:
         return False
-    bias = leaf.place.holder is layer._parameters and leaf.place.key == "bias"
-    plain = bias and type(tensor) is torch.nn.Parameter and not vars(tensor)
-    return _is_large(tensor) and not (plain and str(tensor.dtype).removeprefix("torch.") in SIZES)
-
-
-def _is_large(tensor: torch.Tensor) -> bool:
+    numbers = leaf.place.holder is layer._parameters and str(tensor.dtype).removeprefix("torch.") in SIZES
+    if numbers and leaf.place.key == "bias" and type(tensor) is torch.nn.Parameter and not vars(tensor):
+        return False
     _, start, end = span(tensor)
     # What repeats elements, as expanded tensors do, is smaller in memory than its elements.
-    return end - start >= SMALLEST and tensor.numel() * tensor.element_size() <= end - start
+    return end - start >= (1 if numbers else SMALLEST) and tensor.numel() * tensor.element_size() <= end - start
 
 
 def shared_ranges(layers: Iterable[nn.Module]) -> set[Range]:

@@ -14,7 +14,7 @@ from trainer_fsdp_patch.inspecting import blanks, inventory
 from trainer_fsdp_patch.inspecting.leaves import Leaf, Place, leaves, raw, span
 from trainer_fsdp_patch.names import PACKED
 from trainer_fsdp_patch.packing.layout import Range, View, layout
-from trainer_fsdp_patch.packing.stand_in import is_stand_in, stand_in, tell
+from trainer_fsdp_patch.packing.stand_in import is_stand_in, name_of, stand_in, tell
 
 if TYPE_CHECKING:
     import torch
@@ -162,6 +162,15 @@ class Packed:
             tensor=self.name,
         )
 
+    def _refuse_rewritten(self, held: Held) -> NoReturn:
+        raise AdapterError(
+            name_of(held.stand_in),
+            "the layer has given it other memory in a forward",
+            "What it has computed there is not sharded, and the next forward would use the bytes of before",
+            'Keep such layers full: TRAINER_FSDP_PATCH_DISABLE="torch_v2_2_packed_units,torch_v2_6_packed_groups"',
+            tensor=self.name,
+        )
+
     @staticmethod
     def _value(held: Held, view: torch.Tensor) -> torch.Tensor:
         if held.tensor is None:
@@ -185,8 +194,11 @@ class Packed:
                 place.put(self._held[index].stand_in)
             if self._is_held_elsewhere():
                 self._search()
-        for held in self._held:
+        for index, held in enumerate(self._held):
             if held.tensor is not None:
+                view = self._views[index] if self._views else held.tensor
+                if held.tensor.data_ptr() != view.data_ptr() or held.tensor.shape != view.shape:
+                    self._refuse_rewritten(held)
                 # Who kept the parameter itself finds it empty, and not full of what lies there since.
                 held.tensor.data = held.tensor.data.new_empty(0)
         self._values, self.shown, self._shown_from = [], False, None

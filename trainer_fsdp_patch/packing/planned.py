@@ -11,7 +11,7 @@ from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.bits import SIZES
 from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, Inventory, TensorInfo
 from trainer_fsdp_patch.names import PACKED
-from trainer_fsdp_patch.packing import units
+from trainer_fsdp_patch.packing import refusing, units
 from trainer_fsdp_patch.packing.choosing import Candidate, candidates
 
 Originals = dict[str, tuple[TensorInfo, ...]]
@@ -54,8 +54,13 @@ def with_packed(
 
     Returns:
         The tensors, and those that each packed one stands for.
+
+    Raises:
+        PlanError: layers are still to be rebuilt in the first forward.
     """
     quantized = any(item.role == QUANTIZED or _is_integer_buffer(item) for item in tensors)
+    if quantized:
+        refusing.refuse_rebuilt(taken)
     if not quantized or asked.ranks == 1 or not units.is_followed(asked.fsdp_version):
         return tensors, {}
     chosen = candidates(taken, asked.barred)

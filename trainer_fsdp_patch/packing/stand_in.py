@@ -85,6 +85,11 @@ def tell(stand_in: torch.Tensor, device: torch.device) -> None:
     _TOLD[id(stand_in)] = _TOLD[id(stand_in)][0], device
 
 
+def name_of(stand_in: torch.Tensor) -> str:
+    """The full name of what a stand-in stands for."""
+    return _TOLD[id(stand_in)][0]
+
+
 def is_stand_in(tensor: object) -> bool:
     """Whether a tensor is one of these."""
     return id(tensor) in _TOLD

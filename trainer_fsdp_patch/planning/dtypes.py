@@ -63,7 +63,9 @@ def param_dtype(
 ) -> tuple[str | None, tuple[str, ...]]:
     """Dtype of units: packed weights must not be cast, so their storage dtype decides."""
     packed = [item for item in tensors if item.role == QUANTIZED and shardable(item) and item.name not in users]
-    packed = [tensor for tensor in packed if len(tensor.shape) == 2 and tensor.shape[-1] == 1]
+    # Next to codes of another dtype, what has this shape is scales.
+    coded = {item.module for item in tensors if item.role == QUANTIZED and not shardable(item)}
+    packed = [item for item in packed if len(item.shape) == 2 and item.shape[-1] == 1 and item.module not in coded]
     stored = sorted({tensor.dtype for tensor in packed})
     wanted = asked or amp
     if not stored or wanted is None or stored == [wanted]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from trainer_fsdp_patch import devices
 from trainer_fsdp_patch.errors import AdapterError, RankError
 from trainer_fsdp_patch.ranks import buckets
 
@@ -38,12 +39,10 @@ def collective(what: str) -> Iterator[None]:
     Raises:
         RankError: torch's own error, or its process-group timeout, with what to do.
     """
-    import torch
-
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        if isinstance(error, devices.out_of_memory()):
             raise
         cause = _first_failure() or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RankError(

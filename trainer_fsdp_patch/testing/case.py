@@ -22,12 +22,13 @@ class Setup:
     Attributes:
         name: for tables.
         fsdp: version of FSDP; 0 is DDP.
-        dtype: of the base model; amp: mixed precision, "no" or "bf16".
+        dtype: of the base model; amp: mixed precision, "no", "bf16" or "fp16".
         storage: "" for an unquantized base, "8bit", or the quant_storage of a 4-bit one by bitsandbytes.
         kind: of the latter, "nf4" or "fp4", with "double" for quantized constants.
         placement, budget: adapter_placement and base_budget of `patch()`; "" is none of the latter.
         quantizer: another one than bitsandbytes, for the tests' own loader.
-        use_orig_params, activation_checkpointing, ram_efficient: of FSDP.
+        attention: implementation of the base's attention; compiled: backend of torch.compile, or "".
+        use_orig_params, activation_checkpointing, ram_efficient: of FSDP; offload: of its shards to main memory.
         sharded_checkpoint: whether checkpoints are SHARDED_STATE_DICT.
         accumulation, checkpointing, clip, optim: of the Trainer; clip is max_grad_norm.
         save_steps: a resume checkpoint is written after so many steps; 0 is never.
@@ -61,10 +62,13 @@ class Setup:
     quantizer: str = ""
     placement: str = "auto"
     budget: str = ""
+    offload: bool = False
+    compiled: str = ""
+    attention: str = "eager"
 
     @property
     def tolerance(self) -> float:
-        low = not {"bfloat16", "float16"}.isdisjoint((self.dtype, self.storage)) or self.amp == "bf16"
+        low = not {"bfloat16", "float16"}.isdisjoint((self.dtype, self.storage)) or self.amp != "no"
         return TOLERANCE["bfloat16" if low else "float32"]
 
 
@@ -73,7 +77,7 @@ class Outcome:
     """What a run gave: an error in one line, or its numbers and the folder of its saved adapter.
 
     `footprint` is what FSDP took of rank 0 in the steps, also where the run failed after them. `planned` is what the
-    plan said of it.
+    plan said of it. `logs` has the end of what each rank of the launch wrote.
     """
 
     error: str = ""
@@ -85,6 +89,7 @@ class Outcome:
     footprint: Footprint | None = None
     planned: Footprint | None = None
     extra: dict[str, object] = field(default_factory=dict)
+    logs: list[str] = field(default_factory=list, compare=False)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import atexit
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import versions
+from trainer_fsdp_patch import devices, versions
 
 if TYPE_CHECKING:
     from accelerate.utils import FullyShardedDataParallelPlugin
@@ -87,8 +87,7 @@ def hand_out(plugin: FullyShardedDataParallelPlugin) -> None:
 
 def allow_packed_weights() -> None:
     """Let transformers before 4.53 load packed weights on a CPU without IPEX, which bitsandbytes 0.46 needs no more."""
-    import torch
     import transformers.integrations
 
-    if not torch.cuda.is_available() and not versions.at_least("transformers", "4.53.0"):
+    if devices.kind() == "cpu" and not versions.at_least("transformers", "4.53.0"):
         transformers.integrations.validate_bnb_backend_availability = lambda raise_exception=False: True

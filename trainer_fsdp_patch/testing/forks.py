@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -16,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer_fsdp_patch import devices
 from trainer_fsdp_patch.testing.case import Outcome
 
 if TYPE_CHECKING:
@@ -25,33 +29,77 @@ TIMEOUT = 60.0
 """Seconds after which ranks that wait for each other are killed."""
 
 
+PORTS = 4
+"""Ports that are tried where another program takes the one that was free."""
+
+_LOG = 100_000
+"""Bytes of what a rank wrote that are kept, from the end."""
+
+_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of Linux's prctl, which Python does not name."""
+
+
 def launch(function: Callable[..., Outcome], *args: object, ranks: int) -> list[Outcome]:
     """Fork `ranks` processes, run a function in each, and collect what they return.
 
+    No rank outlives this call, whatever ends it.
+
     Args:
-        function: called as `function(*args, rank)` with the environment of a launcher set.
+        function: called as `function(*args, rank)` with the environment of a launcher set. It is called again, with
+            another port, where another program took the first.
         *args: for the function; nothing is pickled.
         ranks: number of processes; one alone gets no distributed environment.
 
     Returns:
-        One outcome for each rank; a rank that died or hung has an error.
+        One outcome for each rank; a rank that died or hung has an error. Each has what all ranks wrote.
     """
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+    outcomes = _launched(function, args, ranks)
+    for _ in range(PORTS - 1):
+        if ranks == 1 or not any(map(_lost_its_port, outcomes)):
+            break
+        outcomes = _launched(function, args, ranks)
+    return outcomes
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that is free now; another program may take it before a rank does."""
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+        return int(free.getsockname()[1])
+
+
+def _lost_its_port(outcome: Outcome) -> bool:
+    said = f"{outcome.error} {outcome.extra.get('traceback', '')}".lower()
+    return "eaddrinuse" in said or "address already in use" in said
+
+
+def _launched(function: Callable[..., Outcome], args: tuple[object, ...], ranks: int) -> list[Outcome]:
+    """One try, on one port."""
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
         children = [
             context.Process(target=_child, args=(function, args, rank, ranks, port, f"{folder}/{rank}"))
             for rank in range(ranks)
         ]
         # What is here before the fork is nobody's garbage, and collections in the ranks need not walk all of torch.
         gc.freeze()
-        for child in children:
-            child.start()
-        gc.unfreeze()
-        _wait(children)
-        return [_read(Path(f"{folder}/{rank}"), child.exitcode) for rank, child in enumerate(children)]
+        try:
+            for child in children:
+                child.start()
+            _wait(children)
+        finally:
+            gc.unfreeze()
+            for child in children:
+                # One that was not started has nothing to be killed.
+                if child.pid is not None:
+                    child.kill()
+                    child.join()
+        outcomes = [_read(Path(f"{folder}/{rank}"), child.exitcode) for rank, child in enumerate(children)]
+        logs = [_tail(Path(f"{folder}/{rank}.log")) for rank in range(ranks)]
+    for outcome in outcomes:
+        outcome.logs = logs
+    return outcomes
 
 
 def _wait(children: Sequence[BaseProcess]) -> None:
@@ -63,33 +111,60 @@ def _wait(children: Sequence[BaseProcess]) -> None:
             for child in children:
                 child.kill()
         time.sleep(0.02)
-    for child in children:
-        child.join()
+
+
+def _tail(path: Path) -> str:
+    return path.read_bytes()[-_LOG:].decode(errors="replace") if path.exists() else ""
 
 
 def _read(path: Path, code: int | None) -> Outcome:
-    if not path.exists() and code == -signal.SIGKILL:
+    if path.exists():
+        outcome: Outcome = pickle.loads(path.read_bytes())
+        return outcome
+    if code == -signal.SIGKILL:
         return Outcome(error="hung: it waited for another rank until it was killed")
-    if not path.exists():
-        return Outcome(error=f"ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with {code}")
-    outcome: Outcome = pickle.loads(path.read_bytes())
-    return outcome
+    how = f"ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with {code}"
+    free = shutil.disk_usage(path.parent).free
+    return Outcome(error=how if free > _LOG else f"{how}: {free} bytes are free in {path.parent.parent}")
 
 
-def _visible(ranks: int) -> str:
-    """GPUs for one process or for all ranks: none where there are fewer than two, or fewer than ranks."""
-    import torch
+def on_accelerators(ranks: int) -> bool:
+    """Whether each rank gets an accelerator of its own. One accelerator alone is not used: it holds no two ranks.
 
-    count = torch.cuda.device_count()
-    if count < max(2, ranks):
-        return ""
-    return ",".join(os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:ranks])
+    Args:
+        ranks: number of them; 1 is the process that they are compared with, which takes the same kind of device.
+    """
+    return devices.count() >= max(2, ranks)
+
+
+def _show_devices(ranks: int) -> None:
+    """Hide accelerators from this process, but for one a rank where all get one."""
+    kind, count = devices.current().type, devices.count()
+    if kind not in devices.VISIBLE:
+        return
+    name = devices.VISIBLE[kind]
+    visible = os.environ.get(name, ",".join(map(str, range(count)))).split(",")
+    os.environ[name] = ",".join(visible[:ranks]) if on_accelerators(ranks) else ""
+
+
+def _end_with_the_parent() -> None:
+    """Undo what the parent does with signals, and end when it ends, however that is."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # What `nohup` and the like have a program ignore stays ignored.
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():
+        os._exit(1)
 
 
 def _child(
     function: Callable[..., Outcome], args: tuple[object, ...], rank: int, ranks: int, port: int, path: str
 ) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = _visible(ranks)
+    _end_with_the_parent()
+    _show_devices(ranks)
     if ranks > 1:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch import versions
+from trainer_fsdp_patch import devices, versions
 from trainer_fsdp_patch.versions import at_least
 
 if TYPE_CHECKING:
@@ -32,18 +32,14 @@ def has_fsdp2() -> bool:
 
     FSDP2 on CPU ranks needs a torch whose CPU stream records events.
     """
-    import torch
-
-    device = torch.cuda.is_available() or at_least("torch", "2.9.0")
+    device = devices.kind() != "cpu" or at_least("torch", "2.9.0")
     return at_least("transformers", "4.51.0") and at_least("accelerate", "1.6.0") and device
 
 
 def has_bitsandbytes() -> bool:
     """Whether this stack loads packed weights on the devices that are there; CPU releases came late."""
-    import torch
-
     return versions.installed("bitsandbytes") is not None and (
-        torch.cuda.is_available() or at_least("transformers", "4.46.0")
+        devices.kind() != "cpu" or at_least("transformers", "4.46.0")
     )
 
 
@@ -67,8 +63,6 @@ def fsdp(setup: Setup) -> dict[str, object]:
     Returns:
         `fsdp` and `fsdp_config`.
     """
-    import torch
-
     config: dict[str, object] = {
         "cpu_ram_efficient_loading": str(setup.ram_efficient).lower(),
         # A string would count as true whatever it says: https://github.com/huggingface/transformers/pull/34032
@@ -76,7 +70,7 @@ def fsdp(setup: Setup) -> dict[str, object]:
     }
     if setup.fsdp == 1:
         config["use_orig_params"] = str(setup.use_orig_params).lower()
-        config["sync_module_states"] = str(torch.cuda.is_available()).lower()
+        config["sync_module_states"] = str(devices.kind() != "cpu").lower()
     if at_least("transformers", "5.0.0"):
         config["version"] = setup.fsdp
     else:
@@ -86,10 +80,12 @@ def fsdp(setup: Setup) -> dict[str, object]:
     if at_least("transformers", "5.10.0"):
         config |= {"auto_wrap_policy": _POLICIES[setup.wrap]} if setup.wrap or setup.hybrid else {}
         config |= {"reshard_after_forward": "hybrid_shard"} if setup.hybrid and setup.fsdp == 1 else {}
+        config |= {"cpu_offload": True} if setup.offload else {}
         return {"fsdp": True, "fsdp_config": {**config, "state_dict_type": state_dict_type(setup)}}
     assert not setup.hybrid, "older releases are asked for this in other ways"
     os.environ["FSDP_STATE_DICT_TYPE"] = state_dict_type(setup)
-    return {"fsdp": "full_shard" if setup.wrap == "none" else "full_shard auto_wrap", "fsdp_config": config}
+    words = ["full_shard", *(["auto_wrap"] if setup.wrap != "none" else []), *(["offload"] if setup.offload else [])]
+    return {"fsdp": " ".join(words), "fsdp_config": config}
 
 
 def replicas(setup: Setup) -> dict[str, object]:

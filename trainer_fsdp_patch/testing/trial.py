@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from trainer_fsdp_patch import devices
 from trainer_fsdp_patch.inspecting import inventory
-from trainer_fsdp_patch.measuring import footprint
 from trainer_fsdp_patch.measuring.footprint import Footprint
-from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning import expecting
 from trainer_fsdp_patch.planning.prepared import prepared_by
-from trainer_fsdp_patch.testing import case, cpu, forks, releases
+from trainer_fsdp_patch.testing import case, cpu, forks, recording, releases
 
 STEPS, BATCH, LENGTH, VOCABULARY = 3, 4, 12, 96
 
@@ -81,7 +80,7 @@ def load_base(
     model = (kind or AutoModelForCausalLM).from_pretrained(
         folder,
         quantization_config=quantization,
-        attn_implementation="eager",
+        attn_implementation=setup.attention,
         **{releases.dtype_argument(): getattr(torch, setup.dtype)},
     )
     # FSDP's checkpointing recomputes layers, which would fill a cache twice.
@@ -119,12 +118,17 @@ def dataset(size: int, *, even: bool = False) -> list[dict[str, torch.Tensor]]:
     return rows
 
 
+def launched(ranks: int) -> bool:
+    """Whether this process is one of the ranks of a launcher, or the only one."""
+    return ranks > 1 or "WORLD_SIZE" in os.environ
+
+
 def arguments(setup: case.Setup, folder: str, ranks: int) -> TrainingArguments:
     """TrainingArguments of a case; one process gets the full global batch."""
-    import torch
     from transformers import TrainingArguments
 
-    distributed = releases.fsdp(setup) if ranks > 1 and setup.fsdp else {}
+    on_cpu = devices.kind() == "cpu"
+    distributed = releases.fsdp(setup) if launched(ranks) and setup.fsdp else {}
     checkpointing = setup.checkpointing or (setup.activation_checkpointing and not distributed)
     return TrainingArguments(
         output_dir=folder,
@@ -138,6 +142,8 @@ def arguments(setup: case.Setup, folder: str, ranks: int) -> TrainingArguments:
         optim=setup.optim,
         max_grad_norm=setup.clip,
         bf16=setup.amp == "bf16",
+        fp16=setup.amp == "fp16",
+        torch_compile_backend=setup.compiled or None,
         gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         logging_steps=1,
@@ -146,8 +152,8 @@ def arguments(setup: case.Setup, folder: str, ranks: int) -> TrainingArguments:
         save_steps=setup.save_steps or STEPS,
         report_to=[],
         disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        ddp_backend=None if ranks == 1 or torch.cuda.is_available() else "gloo",
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and launched(ranks) else None,
         seed=0,
         **releases.tokens(),
         **distributed,
@@ -166,7 +172,7 @@ def enter(setup: case.Setup, folder: str, ranks: int, *, patched: bool) -> Train
         trainer_fsdp_patch.patch(strict=True, adapter_placement=setup.placement, base_budget=setup.budget or None)
     releases.environment()
     given = arguments(setup, folder, ranks)
-    if ranks > 1 and setup.fsdp and given.device.type == "cpu":
+    if launched(ranks) and setup.fsdp and given.device.type == "cpu":
         cpu.bridge(given)
     return given
 
@@ -201,8 +207,8 @@ def train(
     torch.manual_seed(0)
     model = configure(getattr(configure, "load", load_base)(base, setup))
     nudge(model)
-    recorder = _recorder(inventory.take(model).tensors())
-    trainer = _trainer(recorder)(
+    recorder = recording.recorder(inventory.take(model).tensors())
+    trainer = recording.trainer_class(recorder)(
         model=model,
         args=given,
         train_dataset=getattr(configure, "dataset", dataset)(STEPS * (setup.batch or BATCH) * setup.accumulation),
@@ -244,85 +250,6 @@ def _save(trainer: Trainer, save: Callable[[dict[str, torch.Tensor], str], objec
     tensors = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero():
         save(tensors, folder)
-
-
-def counter() -> Any:
-    """A context manager class that counts the collectives dispatched inside it, in `total`."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        total = 0
-
-        def __torch_dispatch__(self, function: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
-            self.total += function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function)
-            return function(*args, **(kwargs or {}))
-
-    return Count
-
-
-def _recorder(tensors: list[inventory.TensorInfo]) -> Any:
-    """A callback that keeps what is compared: losses, collectives, footprint and the adapter of each step.
-
-    Args:
-        tensors: of the model before it is wrapped.
-    """
-    import torch
-    from transformers import TrainerCallback
-
-    class Recorder(TrainerCallback):  # type: ignore[misc]
-        mode: Any
-        watch: footprint.Watch
-        watching: contextlib.ExitStack
-        count = counter()
-
-        def __init__(self) -> None:
-            self.outcome = case.Outcome()
-            self.running = 0.0
-
-        def snapshot(self, model: nn.Module) -> None:
-            self.outcome.steps.append(
-                {
-                    canonical(name): parameter.detach().clone()
-                    for name, parameter in model.named_parameters()
-                    if parameter.requires_grad and type(parameter) is torch.nn.Parameter
-                }
-            )
-
-        def on_train_begin(
-            self, args: object, state: object, control: object, model: nn.Module, **kwargs: object
-        ) -> None:
-            self.snapshot(model)
-
-        def on_step_begin(
-            self, args: object, state: object, control: object, model: nn.Module, **kwargs: object
-        ) -> None:
-            self.mode, self.watch = self.count(), footprint.Watch(model, tensors)
-            self.watching = contextlib.ExitStack()
-            self.watching.enter_context(self.watch.watching())
-            self.watching.enter_context(self.mode)
-
-        def on_step_end(self, args: object, state: object, control: object, model: nn.Module, **kwargs: object) -> None:
-            self.watching.close()
-            self.outcome.collectives.append(self.mode.total)
-            self.outcome.footprint = self.watch.footprint(self.mode.total, self.outcome.footprint)
-            self.outcome.losses.append(self.running)
-            self.running = 0.0
-            self.snapshot(model)
-
-    return Recorder()
-
-
-def _trainer(recorder: Any) -> type[Trainer]:
-    """Class of a Trainer whose recorder sums up the losses of a step."""
-    from transformers import Trainer
-
-    class RecordingTrainer(Trainer):  # type: ignore[misc]
-        def training_step(self, *args: object, **kwargs: object) -> torch.Tensor:
-            loss: torch.Tensor = super().training_step(*args, **kwargs)
-            recorder.running += float(loss)
-            return loss
-
-    return RecordingTrainer
 
 
 def run(
