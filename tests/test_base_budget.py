@@ -260,6 +260,9 @@ def test_which_settings_gather_a_layer_once() -> None:
         assert sharing.gathers(FullyShardedDataParallelPlugin(fsdp_version=1, sharding_strategy=value)) == gathers
     for value, gathers in ((True, 2), (False, 1)):
         assert sharing.gathers(FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=value)) == gathers
+    # As transformers 5.3 asks for FSDP2; accelerate goes by the second.
+    both = {"sharding_strategy": "full_shard", "reshard_after_forward": False}
+    assert sharing.gathers(FullyShardedDataParallelPlugin(fsdp_version=2, **both)) == 1
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def gathers(plugin: FullyShardedDataParallelPlugin) -> int:
     Args:
         plugin: accelerate's FullyShardedDataParallelPlugin.
     """
-    # accelerate prefers the former, which FSDP1 has always and FSDP2 never.
-    strategy = getattr(plugin, "sharding_strategy", None) or getattr(plugin, "reshard_after_forward", None)
+    after = getattr(plugin, "reshard_after_forward", None)
+    # transformers 5.0 to 5.9 gives FSDP2 a sharding_strategy too, which accelerate does not read there.
+    strategy = after if version_of(plugin) == 2 else getattr(plugin, "sharding_strategy", None) or after
     return 1 if strategy is False or any(name in str(strategy) for name in ("GRAD_OP", "ZERO2")) else 2

@@ -95,7 +95,7 @@ def _tied(first: nn.Module | None, second: nn.Module | None) -> bool:
     return not inside[0].isdisjoint(inside[1])
 
 
-def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
+def footprint(plan: Plan, ranks: int, *, prefetched: bool = False, gathers: int = 2) -> Footprint:
     """What the plan says that a rank takes.
 
     `gathered` is what the largest unit needs with those around it; the root is always one of these. FSDP2 gathers the
@@ -109,6 +109,7 @@ def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
         plan: of the model.
         ranks: that share one copy of the base.
         prefetched: whether FSDP1 was asked to.
+        gathers: how often a step gathers a layer. Where that is once, all units are gathered when the forward ends.
 
     Returns:
         Its `units` and `gathered` are None where units do not go by class. Which modules a policy by size takes depends
@@ -129,7 +130,7 @@ def footprint(plan: Plan, ranks: int, *, prefetched: bool = False) -> Footprint:
         rest=sum(rest.values()),
         base=sum(size for name, size in base.items() if name in of_base),
         replicated=sum(size for name, size in replicated.items() if name in of_base),
-        gathered=None if plan.units is None else _gathered(plan, plan.units, tensors, ranks, prefetched),
+        gathered=None if plan.units is None else _gathered(plan, plan.units, tensors, ranks, prefetched, gathers),
     )
 
 
@@ -174,9 +175,13 @@ def _share(plan: Plan, tensor: TensorInfo, ranks: int, *, padded: bool) -> int:
     return -(-(_aligned(plan, tensor) if padded else elements) // ranks) * stored
 
 
-def _gathered(plan: Plan, cut: Units, tensors: dict[str, TensorInfo], ranks: int, prefetched: bool) -> int:
-    """The largest sum over one unit, or two, and those around them."""
+def _gathered(
+    plan: Plan, cut: Units, tensors: dict[str, TensorInfo], ranks: int, prefetched: bool, gathers: int
+) -> int:
+    """The largest sum over one unit, or two, and those around them; or that of all where they stay gathered."""
     sizes = {home: _unit(plan, [tensors[name] for name in held], ranks) for home, held in cut}
+    if gathers == 1:
+        return sum(sizes.values())
     # What is tied is used first and last, and its unit stays gathered in between.
     tied = {home for home, held in cut if any(len(tensors[name].names) > 1 for name in held)}
     chains = [{home for home in sizes if not home or f"{last}.".startswith(f"{home}.")} | tied for last in sizes]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import devices
-from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.inspecting import inventory, sharing
 from trainer_fsdp_patch.measuring.footprint import Footprint
 from trainer_fsdp_patch.planning import expecting
 from trainer_fsdp_patch.planning.prepared import prepared_by
@@ -240,7 +240,8 @@ def _planned(trainer: Trainer, seen: Footprint | None) -> Footprint | None:
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     # FSDP2 has nothing of that name, and gathers ahead in any case.
     prefetched = getattr(plugin, "backward_prefetch", None) is not None
-    return expecting.footprint(prepared.plan, seen.ranks, prefetched=prefetched)
+    gathers = 2 if plugin is None else sharing.gathers(plugin)
+    return expecting.footprint(prepared.plan, seen.ranks, prefetched=prefetched, gathers=gathers)
 
 
 def _save(trainer: Trainer, save: Callable[[dict[str, torch.Tensor], str], object] | None, folder: str) -> None:
