@@ -2,7 +2,7 @@
 
 `nox` trains five adapters on each stack, stock and patched, and prints the table of all. `nox -s patches` runs the
 patches' own tests on each, `nox -s newest` judges the newest of everything, and `nox -s torches` runs the stacks with
-the torch releases whose PyPI builds bring several GB.
+the torch releases whose PyPI builds bring several GB. `nox -s gpu` trains on the accelerators that are here.
 """
 
 from __future__ import annotations
@@ -99,3 +99,13 @@ def torches(session: nox.Session, torch: tuple[str, tuple[str, str, str]]) -> No
     """Other torch releases; by hand, for each brings several GB."""
     install(session, torch[1], torch[0])
     train(session, f"torch-{torch[0]}")
+
+
+# A torch that is installed already, for ROCm or XPU, is of this machine's devices; the index has CUDA's alone.
+@nox.session(venv_params=["--system-site-packages"])
+def gpu(session: nox.Session) -> None:
+    """Train on the accelerators that are here: `nox -s gpu -- [--only TEXT] [--json FILE]`."""
+    packages = ("transformers", "accelerate", "peft", "bitsandbytes")
+    pins = [f"{package}=={SUPPORT['PINNED'][package]}" for package in packages]
+    session.install("torch", *pins, "-e", ".")
+    session.run("python", "tests/programs/gpu.py", *session.posargs)

@@ -36,7 +36,7 @@ CODE = re.compile(r"^(?P<ticks>`{3,}|~{3,})(?P<info>[^\n]*)\n(?P<text>.*?)^(?P=t
 RUN_BY = {
     "mkdocs": ".ci/run",
     "pytest": ".ci/run",
-    "trainer_fsdp_patch check": "tests/test_cli.py",
+    "trainer_fsdp_patch check": "tests/test_check.py",
     "trainer_fsdp_patch repair": "tests/test_verify.py",
     "trainer_fsdp_patch seams": "tests/test_seams.py",
     "benchmarks/adapter_step.py": "tests/test_benchmarks.py",
@@ -51,6 +51,7 @@ RUN_BY = {
     "tests/matrix/footprints.py": "tests/test_footprint.py",
     "tests/programs/cases.py": "tests/test_cases.py",
     "tests/programs/checkpoints.py": "tests/test_checkpoints.py",
+    "tests/programs/gpu.py": "tests/test_gpu.py",
     "tests/programs/stacks.py": "tests/test_stacks.py",
     "tests/programs/timeline.py": "tests/test_timeline.py",
     "tests/programs/upstream.py": "tests/test_upstream.py",
