@@ -104,8 +104,12 @@ def torches(session: nox.Session, torch: tuple[str, tuple[str, str, str]]) -> No
 # A torch that is installed already, for ROCm or XPU, is of this machine's devices; the index has CUDA's alone.
 @nox.session(venv_params=["--system-site-packages"])
 def gpu(session: nox.Session) -> None:
-    """Train on the accelerators that are here: `nox -s gpu -- [--only TEXT] [--json FILE]`."""
+    """Train on the accelerators that are here: `nox -s gpu -- [--only TEXT] [--json FILE]`.
+
+    `nox -s gpu --no-venv` takes the releases of the environment that is active, and installs nothing.
+    """
     packages = ("transformers", "accelerate", "peft", "bitsandbytes")
     pins = [f"{package}=={SUPPORT['PINNED'][package]}" for package in packages]
-    session.install("torch", *pins, "-e", ".")
+    if session.venv_backend != "none":
+        session.install("torch", *pins, "-e", ".")
     session.run("python", "tests/programs/gpu.py", *session.posargs)

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,9 @@ class Worker:
         if self.result.exists():
             given: Outcome = pickle.loads(self.result.read_bytes())
             return given
-        if late:
-            return Outcome(error="hung: it did not end in its time")
         code = self.process.returncode
+        if late and code == -signal.SIGKILL:
+            return Outcome(error="hung: it did not end in its time")
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with {code}"
         lines = self.log.read_text(errors="replace").strip().splitlines() or ["nothing"]
         return Outcome(error=f"ended {how}, having said {lines[-1]}", extra={"traceback": "\n".join(lines[-40:])})
@@ -170,15 +170,11 @@ def _port_was_taken(outcome: Outcome) -> bool:
 def _wait(working: list[Worker], deadline: float) -> bool:
     """Wait until all have ended; whether some have not, though none has failed."""
     failed = None
-    while any(_running(working)):
-        codes = [worker.process.returncode for worker in working]
+    # Every one is asked, for asking is what sets its code.
+    while None in (codes := [worker.process.poll() for worker in working]):
         if failed is None and any(code not in (None, 0) for code in codes):
             failed = time.monotonic()
         if time.monotonic() > min(deadline, deadline if failed is None else failed + GRACE):
             return True
         time.sleep(0.02)
     return False
-
-
-def _running(working: list[Worker]) -> Iterator[bool]:
-    return iter([worker.process.poll() is None for worker in working])

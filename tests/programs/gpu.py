@@ -94,9 +94,7 @@ class Session:
         }  # fmt: skip
         if device == "cpu":
             environment |= dict.fromkeys(devices.VISIBLE.values(), "")
-        # One that imports while another trains must not take its core.
-        spare = max(1, ranks) if (os.cpu_count() or 1) >= 4 * max(1, ranks) else 0
-        self.pool = Pool(PROGRAM, environment, folder / "logs", spare)
+        self.pool = Pool(PROGRAM, environment, folder / "logs")
         try:
             self.found = self._probe(device)
             there = len(self.found["devices"]) or (os.cpu_count() or 1)
@@ -105,6 +103,8 @@ class Session:
                 raise TrainerFsdpPatchError(
                     f"--ranks {ranks}", f"{there} devices are here", "Each rank needs one", f"Give {there} or fewer"
                 )
+            # One that imports while another trains must not take its core.
+            self.pool.spare = self.ranks if (os.cpu_count() or 1) >= 4 * self.ranks else 0
             self.size = "TINY" if device == "cpu" else "SMALL"
             self._required({"what": "base", "size": self.size, "folder": str(folder / "base")})
         except BaseException:
@@ -166,7 +166,8 @@ class Session:
             if self.clock.left() <= 0:
                 return {**row, "skipped": "time"}
             first = next((outcome for outcome in ranks if outcome.error), ranks[0])
-            row[side] = {"wrong": verdict.error, "error": verdict.worst, **numbers(first)}
+            error = verdict.worst if math.isfinite(verdict.worst) else None
+            row[side] = {"wrong": verdict.error, "error": error, **numbers(first)}
         return {**row, "took": time.monotonic() - began}
 
     def reference(self, scenario: Scenario) -> Outcome:
@@ -253,7 +254,7 @@ def cells(row: Row) -> list[str]:
     return [
         title,
         *(_short(side["wrong"]) or "right" for side in sides),
-        f"{worst:.1e}" if math.isfinite(worst) else "",
+        "" if worst is None else f"{worst:.1e}",
         _both(sides, "peak", 2**-20),
         _both(sides, "seconds", 1e3),
         _both(sides, "rest", 2**-20),
@@ -331,6 +332,9 @@ def main() -> int:
     except (TrainerFsdpPatchError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: its ranks have been ended", file=sys.stderr)
+        return 130
     result = {"found": session.found, "ranks": session.ranks, "seconds": END - clock.left(), "rows": rows}
     given.json.write_text(json.dumps(result, indent=1) + "\n")
     show(session.found, session.ranks, rows)

@@ -21,14 +21,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 import gpu_scenarios
 import torch
 import transformers
+from accelerate.utils.environment import check_cuda_p2p_ib_support
 from gpu_scenarios import COMPARED, SCENARIOS, Size
+from torch._dynamo.utils import counters
 
 from trainer_fsdp_patch import devices, versions
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.measuring import footprint
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.testing import check, forks, recording, releases, trial
-from trainer_fsdp_patch.testing.case import Outcome
+from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "flash_attn", "triton", "trainer_fsdp_patch")
 
@@ -88,8 +90,9 @@ def probe() -> dict[str, Any]:
     """What is here: devices, releases, and whether torch can compute on the first device."""
     kind = devices.kind()
     described = [devices.described(devices.module(kind), index)._asdict() for index in range(devices.count())]
-    # A device that is seen may be of no use: an old driver, a card of which this torch knows nothing.
-    assert float((torch.ones(8, 8, device=kind) @ torch.ones(8, 8, device=kind)).sum()) == 512
+    # A device that is seen may be of no use: an old driver, a card that this torch has no kernels for.
+    total = float((torch.ones(8, 8, device=kind) @ torch.ones(8, 8, device=kind)).sum())
+    assert total == 512, f"the sum of a product of ones is {total} on {kind}, and not 512"
     return {
         "kind": kind,
         "backend": devices.backend(kind),
@@ -199,12 +202,32 @@ def train(job: dict[str, Any]) -> Outcome:
     except Exception as error:
         return forks.failed(error, outcome)
     outcome.extra |= {"seconds": recorder.seconds, "peak": recorder.meter.peak()}
+    other = unlike(setup, trainer)
+    if other:
+        outcome.error = f"the run is not what its name says: {other}"
+        return outcome
     if recorder.failure is not None:
         return forks.failed(recorder.failure, outcome)
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     outcome.norms, outcome.folder = [float(norm) for norm in norms[:COMPARED]], folder
     outcome.planned = trial._planned(trainer, outcome.footprint)
     return outcome
+
+
+def unlike(setup: Setup, trainer: Any) -> str:
+    """What a run did otherwise than its set-up says, or ""."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if setup.amp == "fp16" and trainer.accelerator.scaler is None:
+        return "no gradient was scaled"
+    if setup.attention != model.config._attn_implementation:
+        return f"its attention was {model.config._attn_implementation}"
+    if setup.compiled and not counters["stats"]["unique_graphs"]:
+        return "nothing was compiled"
+    if setup.storage and not any(type(module).__name__ == "Linear4bit" for module in model.modules()):
+        return "nothing was quantized"
+    if setup.offload and not any(parameter.device.type == "cpu" for parameter in trainer.model.parameters()):
+        return "nothing was kept in main memory"
+    return ""
 
 
 def do(job: dict[str, Any]) -> Outcome:
@@ -230,6 +253,9 @@ def main() -> None:
         return
     job = json.loads(line)
     os.environ.update(job["environment"])
+    if not check_cuda_p2p_ib_support():
+        # As `accelerate launch` does for consumer cards, with which accelerate stops otherwise.
+        os.environ.update(NCCL_P2P_DISABLE="1", NCCL_IB_DISABLE="1")
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         outcome = do(job)

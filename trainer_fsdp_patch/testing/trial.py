@@ -123,11 +123,21 @@ def launched(ranks: int) -> bool:
     return ranks > 1 or "WORLD_SIZE" in os.environ
 
 
+def _backend(setup: case.Setup, ranks: int) -> str | None:
+    """Backend of the collectives; None is the one that accelerate takes for the accelerator that is there."""
+    kind = devices.kind()
+    if not launched(ranks):
+        return None
+    if kind == "cpu":
+        return "gloo"
+    # Shards in main memory are gathered there for a state dict, and their norms are added up.
+    return f"{kind}:{devices.backend(kind)},cpu:gloo" if setup.offload else None
+
+
 def arguments(setup: case.Setup, folder: str, ranks: int) -> TrainingArguments:
     """TrainingArguments of a case; one process gets the full global batch."""
     from transformers import TrainingArguments
 
-    on_cpu = devices.kind() == "cpu"
     distributed = releases.fsdp(setup) if launched(ranks) and setup.fsdp else {}
     checkpointing = setup.checkpointing or (setup.activation_checkpointing and not distributed)
     return TrainingArguments(
@@ -152,8 +162,8 @@ def arguments(setup: case.Setup, folder: str, ranks: int) -> TrainingArguments:
         save_steps=setup.save_steps or STEPS,
         report_to=[],
         disable_tqdm=True,
-        use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and launched(ranks) else None,
+        use_cpu=devices.kind() == "cpu",
+        ddp_backend=_backend(setup, ranks),
         seed=0,
         **releases.tokens(),
         **distributed,
