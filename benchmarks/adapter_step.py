@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trainer_fsdp_patch.testing import check, trial
+from trainer_fsdp_patch.testing import targets, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 STEPS = 6
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/measured.md")
     given = parser.parse_args()
     forks.TIMEOUT = 300.0
-    check.import_targets()
+    targets.import_all()
     rows = [row(configure, fsdp, compare(configure, fsdp, given.repeat)) for configure, fsdp in CASES]
     heads = ["case", *(head for head, _, _ in COLUMNS.values())]
     show(f"12 layers, width 512, 2 gloo ranks, medians of {given.repeat} runs", heads, rows, given.markdown)

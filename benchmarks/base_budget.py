@@ -27,7 +27,7 @@ from rich.table import Table
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.measuring import footprint
 from trainer_fsdp_patch.planning import residence
-from trainer_fsdp_patch.testing import check, forks, trial
+from trainer_fsdp_patch.testing import forks, targets, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 STEPS = 6
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/base-budget.md")
     given = parser.parse_args()
     forks.TIMEOUT = 300.0
-    check.import_targets()
+    targets.import_all()
     sides = tuple(ORDERS) if given.orders else SIDES
     lines = []
     for configure, fsdp in CASES:

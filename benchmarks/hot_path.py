@@ -36,7 +36,7 @@ import trainer_fsdp_patch
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning.prepared import Prepared, keep
 from trainer_fsdp_patch.shadowing import shadowed
-from trainer_fsdp_patch.testing import check
+from trainer_fsdp_patch.testing import targets
 from trainer_fsdp_patch.training import releasing, steps
 
 FIRST = 5
@@ -214,7 +214,7 @@ def main() -> int:
     parser.add_argument("--most", type=float, default=1.0, help="milliseconds of Python a step (1.0)")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/measured.md")
     given = parser.parse_args()
-    check.import_targets()
+    targets.import_all()
     torch.set_num_threads(1)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

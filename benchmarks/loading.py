@@ -22,7 +22,7 @@ import torch
 from adapter_step import lora, show
 from allocations import Allocations
 
-from trainer_fsdp_patch.testing import check, cpu, forks, trial
+from trainer_fsdp_patch.testing import cpu, forks, targets, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/quantized-bases.md")
     given = parser.parse_args()
     forks.TIMEOUT = 300.0
-    check.import_targets()
+    targets.import_all()
     with tempfile.TemporaryDirectory() as folder:
         forks.launch(lambda rank: Outcome(folder=write_base(Path(folder), given.layers)), ranks=1)
         cases = [(kind, fsdp, ranks) for kind in given.kinds for fsdp in (1, 2) for ranks in given.ranks]

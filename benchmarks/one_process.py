@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch.testing import check, trial
+from trainer_fsdp_patch.testing import targets, trial
 from trainer_fsdp_patch.testing.case import Setup
 
 FIRST = 5
@@ -130,7 +130,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--most", type=float, default=0.1, help="milliseconds a step (0.1)")
     given = parser.parse_args()
-    check.import_targets()
+    targets.import_all()
     found = measure(given.rounds, given.steps)
     table = Table(title=f"one process, LoRA, {given.rounds} rounds of {given.steps} steps", title_justify="left")
     for column in ("ms/step", "lower quartile", "median", "upper quartile"):

@@ -23,7 +23,7 @@ from trainer_fsdp_patch.inspecting import inventory, leaves
 from trainer_fsdp_patch.measuring import footprint
 from trainer_fsdp_patch.packing import choosing
 from trainer_fsdp_patch.patching import registry
-from trainer_fsdp_patch.testing import check, forks, trial
+from trainer_fsdp_patch.testing import forks, targets, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 # As a program it finds what tests find by pytest's own path.
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/quantized-bases.md")
     given = parser.parse_args()
     forks.TIMEOUT = 300.0
-    check.import_targets()
+    targets.import_all()
     with tempfile.TemporaryDirectory() as folder:
         forks.launch(lambda rank: Outcome(folder=write_base(Path(folder))), ranks=1)
         cases = [(kind, fsdp, ranks) for kind in KINDS for fsdp in (1, 2) for ranks in given.ranks]

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from trainer_fsdp_patch.ranks import collectives
 from trainer_fsdp_patch.saving import adapter_state, liveness, writing
-from trainer_fsdp_patch.testing import check, forks, trial
+from trainer_fsdp_patch.testing import forks, targets, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 PARTS = {
@@ -90,7 +90,7 @@ def main() -> None:
     given = parser.parse_args()
     repeat = given.repeat + 1
     forks.TIMEOUT = 300.0
-    check.import_targets()
+    targets.import_all()
     medians = {}
     for patched in (False, True):
         with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,7 @@ from adapter_step import Count, base, lora, vera
 import trainer_fsdp_patch
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.measuring import footprint
-from trainer_fsdp_patch.testing import check, forks, trial
+from trainer_fsdp_patch.testing import forks, targets, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 WARM = 2
@@ -187,7 +187,7 @@ def main() -> None:
     if given.budgets and "base_budget" not in inspect.signature(trainer_fsdp_patch.patch).parameters:
         parser.error("patch() takes no base_budget here")
     forks.TIMEOUT = 600.0
-    check.import_targets()
+    targets.import_all()
     lines = []
     with tempfile.TemporaryDirectory() as saved:
         base(given.width).save_pretrained(saved)

@@ -136,9 +136,9 @@ def _saved(given: argparse.Namespace) -> int:
 
 def _seams(*, record: bool) -> int:
     from trainer_fsdp_patch.patching import seams
-    from trainer_fsdp_patch.testing import check
+    from trainer_fsdp_patch.testing import targets
 
-    check.import_targets()
+    targets.import_all()
     if record:
         seams.write_record()
     return seams.report()
@@ -151,11 +151,11 @@ def _missing() -> list[str]:
 def _status(*, as_json: bool) -> int:
     """Import the targets, patch, and print the state of every patch; 1 where one failed."""
     import trainer_fsdp_patch
-    from trainer_fsdp_patch.testing import check
+    from trainer_fsdp_patch.testing import targets
 
     trainer_fsdp_patch.patch()
     if not _missing():
-        check.import_targets()
+        targets.import_all()
     states = trainer_fsdp_patch.status()
     installed = {package: str(versions.installed(package) or "absent") for package in versions.NEWEST_TESTED}
     untested = versions.untested()

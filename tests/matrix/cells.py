@@ -35,10 +35,10 @@ with warnings.catch_warnings():
     from methods import METHODS, ON_ARCHITECTURES, ON_LLAMA
 
 from trainer_fsdp_patch.measuring.footprint import Footprint
-from trainer_fsdp_patch.testing import beyond, check, trial
+from trainer_fsdp_patch.testing import beyond, targets, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup, Verdict
 
-check.import_targets()
+targets.import_all()
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     if devices.kind() == "cpu":

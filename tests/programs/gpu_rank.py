@@ -29,7 +29,7 @@ from trainer_fsdp_patch import devices, versions
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.measuring import footprint
 from trainer_fsdp_patch.names import canonical
-from trainer_fsdp_patch.testing import check, forks, recording, releases, trial
+from trainer_fsdp_patch.testing import forks, recording, releases, targets, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "flash_attn", "triton", "trainer_fsdp_patch")
@@ -247,7 +247,7 @@ def end_with_parent() -> None:
 
 
 def main() -> None:
-    check.import_targets()
+    targets.import_all()
     line = sys.stdin.buffer.readline()
     if not line:
         return

@@ -84,9 +84,9 @@ class Report:
 
 def moved(report: Report) -> None:
     """Which seams have another body or signature, or are gone; and which patches stand aside."""
-    from trainer_fsdp_patch.testing import check
+    from trainer_fsdp_patch.testing import targets
 
-    check.import_targets()
+    targets.import_all()
     report.moves = [move for move in seams.moves() if move.state != "same"]
     registry.patch()
     report.aside = {state.name: state.reason for state in registry.status() if state.state == registry.FAILED}

@@ -22,7 +22,7 @@ from trainer_fsdp_patch.checking.errors import CheckError
 from trainer_fsdp_patch.checking.options import Options
 from trainer_fsdp_patch.checking.progress import Reporter
 from trainer_fsdp_patch.errors import message
-from trainer_fsdp_patch.testing import check, forks
+from trainer_fsdp_patch.testing import forks, targets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,7 +132,7 @@ def _run(options: Options) -> int:
         if not forks.on_accelerators(ranks):
             network.refuse_deaf_gloo()
         with _quiet():
-            check.import_targets()
+            targets.import_all()
         setups.refuse_absent(options.method, options.quantize)
         chosen = setups.fitted(options.setups, ranks, options.quantize)
         machine, done = _cells(options, chosen, folder, clock, console)

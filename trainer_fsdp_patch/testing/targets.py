@@ -7,7 +7,7 @@ import importlib
 import warnings
 
 
-def import_targets() -> list[str]:
+def import_all() -> list[str]:
     """Import once what every forked rank needs; the parent computes nothing, so that it can be forked.
 
     Returns:
