@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from trainer_fsdp_patch import devices
-from trainer_fsdp_patch.testing.case import Outcome, Setup
+from trainer_fsdp_patch.testing.case import Outcome, Setup, merged
 
 accelerator = pytest.mark.skipif(devices.kind() == "cpu", reason="needs an accelerator")
 
@@ -104,5 +104,6 @@ def test_what_begins_late_is_skipped_and_says_why() -> None:
 def test_a_step_that_the_scaler_skips_has_to_be_skipped_by_one_process_too() -> None:
     inf, one = float("inf"), Outcome(losses=[1.0, 1.0], norms=[1.0, 1.0])
     ranks = [Outcome(losses=[1.0, 1.0], norms=[inf, 1.0])]
-    assert gpu.judged(ranks, one, Setup("fp16")).error == "it skipped other steps than one process"
-    assert gpu.judged([Outcome(error="hung"), Outcome(error="OSError: x")], one, Setup("fp16")).error == "OSError: x"
+    assert gpu.judged(merged(ranks), one, Setup("fp16")).error == "it skipped other steps than one process"
+    failed = merged([Outcome(error="hung"), Outcome(error="OSError: x")])
+    assert gpu.judged(failed, one, Setup("fp16")).error == "OSError: x"

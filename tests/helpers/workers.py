@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome
 
 GRACE = 3.0
@@ -45,16 +46,8 @@ def on_loopback() -> dict[str, str]:
 
 def environments(ranks: int) -> list[dict[str, str]]:
     """What a launcher sets for each rank of one machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [
-        {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_BYPASS_DEVICE_MAP": "true",
-        }
-        for rank in range(ranks)
-    ]  # fmt: skip
+    port = forks.free_port()
+    return [forks.environment(rank, ranks, port) for rank in range(ranks)]
 
 
 class Worker:
@@ -140,7 +133,7 @@ class Pool:
         deadline = time.monotonic() + seconds
         for left in reversed(range(TRIES)):
             outcomes = self._run(job, environments(ranks) if ranks else [{}], deadline)
-            if not (left and any(_port_was_taken(outcome) for outcome in outcomes)):
+            if not (left and any(map(forks.lost_its_port, outcomes))):
                 break
         return outcomes
 
@@ -160,11 +153,6 @@ class Pool:
     def _prepare(self, wanted: int) -> None:
         while len(self.ready) < wanted:
             self.ready.append(Worker(self.program, self.environment, self.folder / f"{next(self.numbers)}.log"))
-
-
-def _port_was_taken(outcome: Outcome) -> bool:
-    said = f"{outcome.error} {outcome.extra.get('traceback', '')}".lower()
-    return "eaddrinuse" in said or "address already in use" in said
 
 
 def _wait(working: list[Worker], deadline: float) -> bool:

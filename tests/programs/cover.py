@@ -59,7 +59,7 @@ def noting(path: Path) -> Iterator[Callable[[], set[str]]]:
     Args:
         path: of a file that every rank appends to.
 
-    Returns:
+    Yields:
         A function that gives the names so far, and begins anew.
     """
     owners = {id(seam): f"{patch.target}.{seam.path}" for patch in registry.discover().values() for seam in patch.seams}

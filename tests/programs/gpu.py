@@ -161,13 +161,12 @@ class Session:
         setup = scenario.of(fsdp, self.found["kind"])
         row["one"] = numbers(one)
         for side in SIDES:
-            ranks = self.run(scenario, side, fsdp)
-            verdict = judged(ranks, one, setup)
+            run = case.merged(self.run(scenario, side, fsdp))
+            verdict = judged(run, one, setup)
             if self.clock.left() <= 0:
                 return {**row, "skipped": "time"}
-            first = next((outcome for outcome in ranks if outcome.error), ranks[0])
             error = verdict.worst if math.isfinite(verdict.worst) else None
-            row[side] = {"wrong": verdict.error, "error": error, **numbers(first)}
+            row[side] = {"wrong": verdict.error, "error": error, **numbers(run)}
         return {**row, "took": time.monotonic() - began}
 
     def reference(self, scenario: Scenario) -> Outcome:
@@ -208,20 +207,17 @@ def trained(outcome: Outcome) -> bool:
     return any(not first[key].equal(last[key]) for key in first)
 
 
-def judged(ranks: list[Outcome], one: Outcome, setup: case.Setup) -> case.Verdict:
+def judged(run: Outcome, one: Outcome, setup: case.Setup) -> case.Verdict:
     """Whether ranks trained and saved what one process did."""
-    failed = [outcome for outcome in ranks if outcome.error]
-    if failed:
-        said = next((outcome.error for outcome in failed if "hung" not in outcome.error), failed[0].error)
-        return case.Verdict(said, math.nan)
-    losses = [sum(step) / len(ranks) for step in zip(*(outcome.losses for outcome in ranks), strict=True)]
+    if run.error:
+        return case.Verdict(run.error, math.nan)
     # Where the scaler skips a step, its norm is no number; both skip the same ones.
-    finite = [[math.isfinite(norm) for norm in outcome.norms] for outcome in (ranks[0], one)]
+    finite = [[math.isfinite(norm) for norm in outcome.norms] for outcome in (run, one)]
     if finite[0] != finite[1]:
         return case.Verdict("it skipped other steps than one process", math.nan)
     ours, theirs = (
         dataclasses.replace(outcome, norms=[norm for norm in outcome.norms if math.isfinite(norm)])
-        for outcome in (dataclasses.replace(ranks[0], losses=losses), one)
+        for outcome in (run, one)
     )
     return case.compare(ours, theirs, setup)
 

@@ -28,7 +28,6 @@ from torch._dynamo.utils import counters
 from trainer_fsdp_patch import devices, versions
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.measuring import footprint
-from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.testing import forks, recording, releases, targets, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
 
@@ -138,17 +137,8 @@ class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
         self.running = self.began = 0.0
         self.seconds: list[float] = []
 
-    def snapshot(self, model: Any) -> None:
-        self.outcome.steps.append(
-            {
-                canonical(name): parameter.detach().to("cpu", copy=True)
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad and type(parameter) is torch.nn.Parameter
-            }
-        )
-
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self.snapshot(model)
+        self.outcome.steps.append(recording.trained(model))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = self.meter.now()
@@ -160,7 +150,7 @@ class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
             return
         self.outcome.losses.append(self.running)
         self.running = 0.0
-        self.snapshot(model)
+        self.outcome.steps.append(recording.trained(model))
         if state.global_step == COMPARED:
             self.outcome.footprint = footprint.Watch(model, self.tensors).footprint()
             self.outcome.extra |= {"peak_start": self.meter.peak(), "held": self.meter.held()}
@@ -210,7 +200,7 @@ def train(job: dict[str, Any]) -> Outcome:
         return forks.failed(recorder.failure, outcome)
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     outcome.norms, outcome.folder = [float(norm) for norm in norms[:COMPARED]], folder
-    outcome.planned = trial._planned(trainer, outcome.footprint)
+    outcome.planned = trial.planned(trainer, outcome.footprint)
     return outcome
 
 

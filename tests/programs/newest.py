@@ -22,6 +22,8 @@ from pathlib import Path
 # As a program it finds what tests find by pytest's own path.
 sys.path[:0] = [str(Path(__file__).parent.parent / name) for name in ("matrix", "helpers")]
 
+from triples import last_line
+
 from trainer_fsdp_patch import support, versions
 from trainer_fsdp_patch.patching import registry, seams
 
@@ -100,7 +102,7 @@ def checked(report: Report) -> None:
     try:
         rows = json.loads(done.stdout)["cells"]
     except (ValueError, KeyError):
-        report.compare("check", "all", "patched", "", (done.stderr.strip().splitlines() or ["no text"])[-1])
+        report.compare("check", "all", "patched", "", last_line(done.stderr))
         return
     for row in rows:
         report.compare("check", row["set-up"], "patched", "", row["patched"]["error"])
@@ -135,25 +137,17 @@ def tested(report: Report) -> None:
     """The own tests of the patches whose wrappers no cell calls."""
     names = json.loads((DATA / "cover.json").read_text())["tests"]
     files = [f"tests/patches/test_{name}.py" for name in names]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-o",
-        "filterwarnings=default",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-    ]
-    done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, check=False)
+    options = ["-q", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     for line in lines:
         name, _, said = line.partition(" - ")
         report.compare("tests", name.split(" ", 1)[1], "patched", "", said or "failed")
     report.cells += len(files) if not lines else 0
     if done.returncode and not lines:
-        report.compare("tests", "all", "patched", "", (done.stdout.strip().splitlines() or ["no text"])[-1])
+        report.compare("tests", "all", "patched", "", last_line(done.stdout))
 
 
 PARTS: dict[str, Callable[[Report], None]] = {
@@ -204,9 +198,8 @@ def markdown(report: Report) -> str:
         said = f"{change.before or 'right'} -> {change.now or 'right'}"
         lines.append(f"- {change.part} {change.cell}, {change.side}: {said}")
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())
-    lines.append(
-        f"\n{report.cells} cells, {len(report.changes)} changed; {sum(report.seconds.values()):.0f} s: {spent}"
-    )
+    total = sum(report.seconds.values())
+    lines.append(f"\n{report.cells} cells, {len(report.changes)} changed; {total:.0f} s: {spent}")
     return "\n".join(lines) + "\n"
 
 

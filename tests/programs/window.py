@@ -44,10 +44,15 @@ The others cannot be installed together, or one process of stock does not train 
 
 def trained_on() -> dict[str, dict[str, set[str]]]:
     """Releases of each package, by how they were tested."""
-    found: dict[str, dict[str, set[str]]] = {package: {} for package in support.OLDEST}
-    for package in found:
-        found[package] = {"matrix": {support.PINNED.get(package, "3.11")}, "stacks": set(), "triples": set()}
-        found[package]["check"] = set(support.CHECKED.get(package, ()))
+    found: dict[str, dict[str, set[str]]] = {
+        package: {
+            "matrix": {support.PINNED.get(package, "3.11")},
+            "stacks": set(),
+            "triples": set(),
+            "check": set(support.CHECKED.get(package, ())),
+        }
+        for package in support.OLDEST
+    }
     for stack in support.STACKS:
         for package, release in zip(WRAPPED, stack, strict=True):
             found[package]["stacks"].add(release)
@@ -69,10 +74,7 @@ def window() -> str:
     lines = ["| package | oldest | newest | matrix | stacks | triples | check |", "| --- " * 7 + "|"]
     for package, how in trained_on().items():
         ends = [support.OLDEST[package], support.NEWEST[package]]
-        counts = [", ".join(sorted(how["matrix"]))]
-        for name in ("stacks", "triples"):
-            counts.append(_listed(how[name]))
-        lines.append(f"| {' | '.join([package, *ends, *counts, _listed(how['check'])])} |")
+        lines.append(f"| {' | '.join([package, *ends, *map(_listed, how.values())])} |")
     return "\n".join(lines) + "\n"
 
 

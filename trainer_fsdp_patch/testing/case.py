@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.measuring.footprint import Footprint
@@ -102,6 +103,19 @@ class Verdict:
     @property
     def right(self) -> bool:
         return not self.error
+
+
+def merged(ranks: Sequence[Outcome]) -> Outcome:
+    """The run of all ranks: that of the first, with losses averaged; or one that failed, and not by waiting for others.
+
+    Args:
+        ranks: what each gave.
+    """
+    failed = [outcome for outcome in ranks if outcome.error]
+    if failed:
+        return next((outcome for outcome in failed if "hung" not in outcome.error), failed[0])
+    losses = [sum(step) / len(ranks) for step in zip(*(outcome.losses for outcome in ranks), strict=True)]
+    return replace(ranks[0], losses=losses)
 
 
 def compare(case: Outcome, reference: Outcome, setup: Setup) -> Verdict:

@@ -55,7 +55,7 @@ def launch(function: Callable[..., Outcome], *args: object, ranks: int) -> list[
     """
     outcomes = _launched(function, args, ranks)
     for _ in range(PORTS - 1):
-        if ranks == 1 or not any(map(_lost_its_port, outcomes)):
+        if ranks == 1 or not any(map(lost_its_port, outcomes)):
             break
         outcomes = _launched(function, args, ranks)
     return outcomes
@@ -68,7 +68,26 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _lost_its_port(outcome: Outcome) -> bool:
+def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What a launcher sets for a rank of one machine.
+
+    Args:
+        rank: its number.
+        ranks: how many there are.
+        port: of 127.0.0.1, where they meet.
+    """
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_BYPASS_DEVICE_MAP": "true",
+    }  # fmt: skip
+
+
+def lost_its_port(outcome: Outcome) -> bool:
+    """Whether a rank could not begin since another program had taken the port.
+
+    Args:
+        outcome: of the rank.
+    """
     said = f"{outcome.error} {outcome.extra.get('traceback', '')}".lower()
     return "eaddrinuse" in said or "address already in use" in said
 
@@ -166,10 +185,7 @@ def _child(
     _end_with_the_parent()
     _show_devices(ranks)
     if ranks > 1:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_BYPASS_DEVICE_MAP="true",
-        )  # fmt: skip
+        os.environ.update(environment(rank, ranks, port))
     log = os.open(f"{path}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)

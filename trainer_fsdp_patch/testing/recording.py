@@ -30,13 +30,29 @@ def counter() -> Any:
     return Count
 
 
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of what a rank holds full of what is trained, by canonical name.
+
+    They are in main memory: a parent that reads tensors of an accelerator begins its runtime, and can fork no more.
+
+    Args:
+        model: wrapped or not.
+    """
+    import torch
+
+    return {
+        canonical(name): parameter.detach().to("cpu", copy=True)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and type(parameter) is torch.nn.Parameter
+    }
+
+
 def recorder(tensors: list[inventory.TensorInfo]) -> Any:
     """A callback that keeps what is compared: losses, collectives, footprint and the adapter of each step.
 
     Args:
         tensors: of the model before it is wrapped.
     """
-    import torch
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):  # type: ignore[misc]
@@ -49,20 +65,10 @@ def recorder(tensors: list[inventory.TensorInfo]) -> Any:
             self.outcome = case.Outcome()
             self.running = 0.0
 
-        def snapshot(self, model: nn.Module) -> None:
-            # In main memory: a parent that reads tensors of an accelerator begins its runtime, and can fork no more.
-            self.outcome.steps.append(
-                {
-                    canonical(name): parameter.detach().to("cpu", copy=True)
-                    for name, parameter in model.named_parameters()
-                    if parameter.requires_grad and type(parameter) is torch.nn.Parameter
-                }
-            )
-
         def on_train_begin(
             self, args: object, state: object, control: object, model: nn.Module, **kwargs: object
         ) -> None:
-            self.snapshot(model)
+            self.outcome.steps.append(trained(model))
 
         def on_step_begin(
             self, args: object, state: object, control: object, model: nn.Module, **kwargs: object
@@ -78,7 +84,7 @@ def recorder(tensors: list[inventory.TensorInfo]) -> Any:
             self.outcome.footprint = self.watch.footprint(self.mode.total, self.outcome.footprint)
             self.outcome.losses.append(self.running)
             self.running = 0.0
-            self.snapshot(model)
+            self.outcome.steps.append(trained(model))
 
     return Recorder()
 

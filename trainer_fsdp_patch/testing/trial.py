@@ -231,7 +231,7 @@ def train(
     outcome: case.Outcome = recorder.outcome
     try:
         trainer.train(resume_from_checkpoint=setup.resume or None)
-        outcome.planned = _planned(trainer, outcome.footprint)
+        outcome.planned = planned(trainer, outcome.footprint)
         with recorder.count() as counted:
             _save(trainer, save, folder)
     except Exception as error:
@@ -242,8 +242,13 @@ def train(
     return outcome
 
 
-def _planned(trainer: Trainer, seen: Footprint | None) -> Footprint | None:
-    """What the plan of a patched run says that it takes of a rank."""
+def planned(trainer: Trainer, seen: Footprint | None) -> Footprint | None:
+    """What the plan of a patched run says that it takes of a rank.
+
+    Args:
+        trainer: that has trained.
+        seen: what was taken; None where nothing was looked at.
+    """
     prepared = prepared_by(trainer)
     if prepared is None or seen is None:
         return None
@@ -279,8 +284,4 @@ def run(
     ranks = ranks or setup.ranks
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = forks.launch(train, setup, configure, base, str(folder), ranks, patched, ranks=ranks)
-    failed = [outcome for outcome in outcomes if outcome.error]
-    if failed:
-        return next((outcome for outcome in failed if "hung" not in outcome.error), failed[0])
-    losses = [sum(step) / ranks for step in zip(*(outcome.losses for outcome in outcomes), strict=True)]
-    return dataclasses.replace(outcomes[0], losses=losses)
+    return case.merged(outcomes)
