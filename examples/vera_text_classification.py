@@ -69,7 +69,8 @@ def base_model():
 
 def arguments(given: argparse.Namespace, ranks: int) -> TrainingArguments:
     """The same global batch, whatever the number of ranks."""
-    on_accelerators = torch.accelerator.device_count() >= ranks
+    # torch before 2.6 has a module for CUDA and ROCm alone.
+    on_accelerators = getattr(torch, "accelerator", torch.cuda).device_count() >= ranks
     distributed = {}
     if ranks > 1:
         distributed = {

@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from trainer_fsdp_patch import support
+
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
@@ -30,6 +32,13 @@ def test_sessions_and_files_exist(path: object) -> None:
         assert set(line.split()) <= sessions
     for file in re.findall(r"tests/[\w/.]+", text):
         assert (ROOT / file).exists(), file
+
+
+def test_ci_installs_the_torch_of_the_window() -> None:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.findall(r"torch==([\d.]+)", text) == [support.PINNED["torch"]]
+    pythons = re.findall(r'"(3\.\d+)"', re.search(r"python: \[.*\]", text)[0])  # type: ignore[index]
+    assert pythons == [support.OLDEST["python"], support.NEWEST["python"]]
 
 
 def test_one_of_them_runs_each_week_and_may_write_issues() -> None:

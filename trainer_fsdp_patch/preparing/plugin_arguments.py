@@ -8,6 +8,10 @@ from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.errors import PlanError
 
 
+class UnknownArgumentError(PlanError, TypeError):
+    """FSDP2 is asked of an accelerate that has none; upstream's own error there is a TypeError, which callers catch."""
+
+
 def as_known(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same request in the words of an accelerate that knows FSDP1 alone.
 
@@ -21,14 +25,14 @@ def as_known(arguments: dict[str, Any]) -> dict[str, Any]:
         A copy where there was something to put in other words, else the arguments themselves.
 
     Raises:
-        PlanError: FSDP2 is asked for.
+        UnknownArgumentError: FSDP2 is asked for.
     """
     if not {"fsdp_version", "reshard_after_forward"} & set(arguments):
         return arguments
     known = dict(arguments)
     version = known.pop("fsdp_version", 1)
     if int(1 if version is None else version) != 1:
-        raise PlanError(
+        raise UnknownArgumentError(
             "fsdp_version",
             f"{version} is asked for, and accelerate {versions.installed('accelerate')} has FSDP1 alone",
             "Nothing was prepared",
