@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from collections import namedtuple
@@ -11,10 +12,13 @@ from types import SimpleNamespace
 
 import gpu
 import pytest
+from cells import Bench, reference_of
 from conftest import ROOT
 
 from trainer_fsdp_patch import devices
-from trainer_fsdp_patch.testing.case import Outcome, Setup, merged
+from trainer_fsdp_patch.checking.setups import METHODS
+from trainer_fsdp_patch.testing import trial
+from trainer_fsdp_patch.testing.case import Outcome, Setup, compare, merged
 
 accelerator = pytest.mark.skipif(devices.kind() == "cpu", reason="needs an accelerator")
 
@@ -89,6 +93,28 @@ def test_what_a_device_says_of_itself() -> None:
             get_device_properties=lambda index, found=properties: found, get_device_name=lambda index: f"card {index}"
         )
         assert devices.described(module, 1) == ("card 1", properties.total_memory, capability)
+
+
+def test_whether_the_runtime_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, begun in (("cpu", True), ("xpu", True), ("xpu", False)):
+        monkeypatch.setattr(devices, "current", lambda kind=kind: SimpleNamespace(type=kind))
+        monkeypatch.setattr(devices, "module", lambda kind, begun=begun: SimpleNamespace(is_initialized=lambda: begun))
+        assert devices.has_begun() == (kind != "cpu" and begun)
+
+
+def test_ranks_of_check_train_where_its_imports_have_begun_the_runtime(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of bitsandbytes and torchao do on CUDA: no fork could use a device, so ranks are started afresh."""
+    setup, method = Setup("fresh"), METHODS["vera"]
+    one = trial.run(reference_of(setup), method, bench.base, tmp_path / "one", ranks=1, patched=False)
+    monkeypatch.setattr(devices, "has_begun", lambda: True)
+    upstream, started = multiprocessing.get_context, []
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: started.append(method) or upstream(method))
+    outcome = trial.run(setup, method, bench.base, tmp_path / "ranks")
+    assert outcome.error == "", outcome.extra
+    assert compare(outcome, one, setup).error == ""
+    assert started == ["spawn"]
 
 
 def test_what_begins_late_is_skipped_and_says_why() -> None:

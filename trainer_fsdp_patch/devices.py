@@ -108,9 +108,17 @@ def described(module: Any, index: int) -> Device:
 def keep_forkable() -> None:
     """Have torch count CUDA's devices without its runtime: a process that has begun that cannot fork ranks.
 
-    An import may begin it all the same, as that of bitsandbytes does.
+    An import may begin it all the same, as those of bitsandbytes and torchao do: `has_begun` tells.
     """
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+
+
+def has_begun() -> bool:
+    """Whether this process has begun the accelerator's runtime, which none that it forks can use."""
+    found = current().type
+    ask = getattr(module(found), "is_initialized", None)
+    # A CPU says that it has, and can be forked.
+    return found != "cpu" and ask is not None and bool(ask())
 
 
 def out_of_memory() -> type[RuntimeError]:

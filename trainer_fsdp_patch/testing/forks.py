@@ -23,7 +23,10 @@ from trainer_fsdp_patch import devices
 from trainer_fsdp_patch.testing.case import Outcome
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkContext, SpawnContext
     from multiprocessing.process import BaseProcess
+
+    Context = ForkContext | SpawnContext
 
 TIMEOUT = 60.0
 """Seconds after which ranks that wait for each other are killed."""
@@ -47,7 +50,8 @@ def launch(function: Callable[..., Outcome], *args: object, ranks: int) -> list[
     Args:
         function: called as `function(*args, rank)` with the environment of a launcher set. It is called again, with
             another port, where another program took the first.
-        *args: for the function; nothing is pickled.
+        *args: for the function. Nothing is pickled, unless this process has begun an accelerator's runtime: its ranks
+            are started afresh then.
         ranks: number of processes; one alone gets no distributed environment.
 
     Returns:
@@ -94,7 +98,9 @@ def lost_its_port(outcome: Outcome) -> bool:
 
 def _launched(function: Callable[..., Outcome], args: tuple[object, ...], ranks: int) -> list[Outcome]:
     """One try, on one port."""
-    context = multiprocessing.get_context("fork")
+    # Quantizers ask CUDA for its capability as they are imported, and no fork could use CUDA after that.
+    begun = devices.has_begun()
+    context: Context = multiprocessing.get_context("spawn") if begun else multiprocessing.get_context("fork")
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         children = [
