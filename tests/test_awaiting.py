@@ -96,22 +96,35 @@ print([s.name for s in trainer_fsdp_patch.status() if "switched off" in s.reason
     assert python(code) == "['torch_v2_2_frozen_units']"
 
 
-def test_an_import_does_not_fail_with_the_patches(python: Callable[..., str]) -> None:
-    code = f"""{PROBE}
-import warnings
+NO_REGISTRY = f"""{PROBE}
+import logging, warnings
 from trainer_fsdp_patch.patching import registry
 def fails(**settings):
     raise RuntimeError("no registry today")
 registry.patch = fails
 awaiting.arm()
+"""
+FAILED = "patch() failed when torch was imported, and the run continues without it: no registry today"
+
+
+def test_an_import_does_not_fail_with_the_patches(python: Callable[..., str]) -> None:
+    code = f"""{NO_REGISTRY}
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     probe()
 print(caught[0].message)
 """
-    assert python(code) == (
-        "patch() failed when torch was imported, and the run continues without it: no registry today"
-    )
+    assert python(code) == FAILED
+
+
+def test_nor_does_it_where_warnings_are_errors(python: Callable[..., str]) -> None:
+    code = f"""{NO_REGISTRY}
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+with warnings.catch_warnings():
+    warnings.simplefilter("error", UserWarning)
+    probe()
+"""
+    assert python(code) == FAILED
 
 
 ORDERS = sorted(set(itertools.permutations(["import", "patch", "patch", "unpatch", "unpatch", "patch"])))

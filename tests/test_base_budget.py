@@ -236,6 +236,14 @@ def test_a_tied_parameter_counts_once_and_in_the_root() -> None:
     assert expecting.footprint(plan, 2).replicated == sum(item.numel() * 4 for item in llama().parameters()) - 96 * 256
 
 
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_units_that_stay_gathered_are_all_there_when_the_forward_ends(fsdp: int) -> None:
+    plan = planned(None, fsdp_version=fsdp)
+    full = sum(item.numel() * 4 for item in llama().parameters())
+    assert expecting.footprint(plan, 2, gathers=1).gathered == full
+    assert expecting.footprint(plan, 2).gathered < full
+
+
 def test_the_plan_says_what_is_resident_and_what_that_buys() -> None:
     plan = planned("45%", fsdp_version=1)
     assert plan.reasons == (
