@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PATCHES = sorted(path.name for path in (ROOT / "patches").glob("*.py"))
+IGNORED = shutil.ignore_patterns(".git", ".nox", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
 IMPORT = """
 import trainer_fsdp_patch, trainer_fsdp_patch.patches as p
 print(p.__file__, *[state.name for state in trainer_fsdp_patch.status()])
@@ -28,9 +29,7 @@ print(p.__file__, *[state.name for state in trainer_fsdp_patch.status()])
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the sdist and the wheel made from it."""
     source = tmp_path_factory.mktemp("source") / "project"
-    shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", ".*_cache")
-    )
+    shutil.copytree(ROOT, source, ignore=IGNORED)
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--outdir", str(folder), str(source)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -45,6 +44,45 @@ def test_the_wheel_holds_every_patch_and_nothing_else_at_the_top(built: Path) ->
     assert {name.split("/")[0].split("-")[0] for name in names} == {"trainer_fsdp_patch"}
     assert "trainer_fsdp_patch/py.typed" in names
     assert not any("tests" in name for name in names)
+
+
+def test_what_an_index_shows_and_what_the_wheel_holds_is_sound(built: Path) -> None:
+    [wheel] = built.glob("*.whl")
+    files = [str(path) for path in built.iterdir()]
+    for command in (["twine", "check", "--strict", *files], ["check_wheel_contents", str(wheel)]):
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_wheel_that_is_built_again_has_the_same_bytes(tmp_path: Path) -> None:
+    made = []
+    for folder in ("first", "second"):
+        source = tmp_path / folder
+        shutil.copytree(ROOT, source, ignore=IGNORED)
+        # What a build of another day finds: files that were written at another time.
+        for path in source.rglob("*"):
+            os.utime(path, (len(made) * 10**6, 10**9 + len(made) * 10**6))
+        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", str(source)]
+        environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        [wheel] = (source / "dist").iterdir()
+        made.append(wheel.read_bytes())
+    assert made[0] == made[1]
+
+
+def test_mypy_sees_the_types_of_an_installed_wheel(built: Path, tmp_path: Path) -> None:
+    [wheel] = built.glob("*.whl")
+    venv.create(tmp_path / "v", with_pip=False)
+    interpreter = str(tmp_path / "v/bin/python")
+    pip = [sys.executable, "-m", "pip", "--python", interpreter, "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True)
+    script = tmp_path / "script.py"
+    script.write_text("import trainer_fsdp_patch\n\nreveal_type(trainer_fsdp_patch.patch()[0].effect)\n")
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", interpreter, str(script)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert 'Revealed type is "str"' in done.stdout or 'Revealed type is "builtins.str"' in done.stdout, done.stdout
+    assert "Success" in done.stdout, done.stdout
 
 
 def test_the_sdist_has_no_tests_that_lack_their_helpers(built: Path) -> None:
@@ -70,9 +108,7 @@ def test_installed(built: Path, tmp_path: Path, how: str) -> None:
     venv.create(tmp_path / "v", with_pip=True, system_site_packages=False)
     interpreter = tmp_path / "v/bin/python"
     source = tmp_path / "source"
-    shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", ".*_cache")
-    )
+    shutil.copytree(ROOT, source, ignore=IGNORED)
     [wheel] = built.glob("*.whl")
     what = {
         "wheel": [str(wheel)],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,32 @@ def test_truncated_and_hostile_files(good: Path, tmp_path: Path) -> None:
     (good / reading.PICKLED).unlink()
     (good / reading.CONFIG).write_text('{"peft_type": ')
     assert "unreadable" in faults(good)
+
+
+def test_a_hostile_shard_of_a_distributed_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.2 runs it, and a user's variable may have newer releases do so."""
+    from torch.distributed import checkpoint
+
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "executed",)
+
+    folder = tmp_path / "checkpoint-1" / reading.FSDP_SHARDED
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint.save({"weight": torch.ones(4)}, checkpoint_id=folder, no_dist=True)
+    torch.testing.assert_close(reading.fsdp_part(folder.parent), {"weight": torch.ones(4)})
+    [shard] = folder.glob("*.distcp")
+    torch.save(Hostile(), shard)
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    [entry] = index.storage_data.values()
+    entry.offset, entry.length = 0, shard.stat().st_size
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(AdapterError, match="Weights only"):
+        reading.fsdp_part(folder.parent)
+    assert not (tmp_path / "executed").exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,8 +113,14 @@ def fsdp_part(folder: Path) -> dict[str, torch.Tensor]:
         return read_tensors(folder / FSDP_FULL)
     if not (folder / FSDP_SHARDED).is_dir():
         return {}
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         return _sharded(folder / FSDP_SHARDED)
+    # This one is no Exception: a damaged shard would get past all who take those. It holds what each rank raised.
+    except CheckpointException as error:
+        [(cause, _), *_] = error.failures.values()
+        raise unreadable(folder / FSDP_SHARDED, cause) from error
     except Exception as error:
         raise unreadable(folder / FSDP_SHARDED, error) from error
 
@@ -137,11 +146,30 @@ def _sharded(folder: Path) -> dict[str, torch.Tensor]:
         for name, entry in entries
         if isinstance(entry, TensorStorageMetadata)
     }
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _weights_only():
         # It says that no process group exists, which is so.
         warnings.simplefilter("ignore")
         load(tensors, storage_reader=Reader(folder))
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Have torch read shards as tensors and nothing else.
+
+    torch 2.2 reads each shard of a distributed checkpoint by a plain `torch.load`, which runs what the pickle names.
+    Its reader takes no argument for that; the variable reaches every `torch.load` of the process, for as long.
+    """
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def text(path: Path) -> Json:
