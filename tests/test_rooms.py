@@ -36,6 +36,7 @@ TAGS = {
     "adapting/residents.py": ["torch 2.8"],
     "casts.py": ["torch 2.4"],
     "devices.py": ["torch 2.6", "torch 2.6", "torch 2.5"],
+    "files/reading.py": ["torch 2.3"],
     "inspecting/inventory.py": ["torch 2.5"],
     "inspecting/tuning.py": ["peft 0.15"],
     "inspecting/sharing.py": ["accelerate 1.6"],

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.errors import AdapterError
 from trainer_fsdp_patch.names import canonical, file_key
 
@@ -131,7 +132,7 @@ def _sharded(folder: Path) -> dict[str, torch.Tensor]:
     import torch
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.checkpoint.state_dict_loader import load, load_state_dict
 
     with (folder / ".metadata").open("rb") as file:
         index: Metadata = _Index(file).load()
@@ -149,7 +150,11 @@ def _sharded(folder: Path) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings(), _weights_only():
         # It says that no process group exists, which is so.
         warnings.simplefilter("ignore")
-        load(tensors, storage_reader=Reader(folder))
+        # until torch 2.3: `load` asks for a process group
+        if versions.at_least("torch", "2.3.0"):
+            load(tensors, storage_reader=Reader(folder))
+        else:
+            load_state_dict(tensors, Reader(folder), no_dist=True)
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
