@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES = {
+    "README.md": "index.md",
+    "README.zh-CN.md": "zh/index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+}
 """Pages whose text lies outside of docs/, by their paths in the repository."""
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"^(```+).*?^\1$", re.MULTILINE | re.DOTALL)
@@ -77,7 +83,7 @@ def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
     """Give a page without sections, which are tables, the width of the table of contents; home has no neighbours."""
     if not any(entry.children for entry in page.toc):
         page.meta.setdefault("hide", []).append("toc")
-    if page.file.src_uri == PAGES["README.md"]:
+    if page.file.src_uri in (PAGES["README.md"], PAGES["README.zh-CN.md"]):
         page.meta.setdefault("hide", []).append("navigation")
     return html
 

@@ -141,7 +141,9 @@ def test_the_skeleton_is_a_patch_and_passes_its_own_canary(monkeypatch: pytest.M
 
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
-    assert [page.name for page in (ROOT / "docs").glob("*.md") if f": {page.name}\n" not in navigation] == []
+    docs = ROOT / "docs"
+    pages = [str(page.relative_to(docs)) for page in docs.rglob("*.md")]
+    assert [page for page in pages if f": {page}\n" not in navigation] == []
 
 
 def test_every_patch_named_in_the_changelog_exists() -> None:
