@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import cli
+from trainer_fsdp_patch.commands import states
 from trainer_fsdp_patch.patching import registry
 
 FORM = re.compile(
@@ -42,7 +42,7 @@ def test_a_broken_docstring_is_seen() -> None:
 
 
 def test_the_page_is_made_of_the_declarations() -> None:
-    assert (ROOT / "docs" / "patches.md").read_text() == cli.markdown(trainer_fsdp_patch.status())
+    assert (ROOT / "docs" / "patches.md").read_text() == states.markdown(trainer_fsdp_patch.status())
 
 
 def entries(page: str) -> dict[str, dict[str, str]]:

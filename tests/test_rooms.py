@@ -12,6 +12,7 @@ import trainer_fsdp_patch
 
 PACKAGE = Path(trainer_fsdp_patch.__file__).parent
 ROOMS = (
+    "commands",
     "checking",
     "testing",
     "preparing",

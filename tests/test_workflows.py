@@ -42,7 +42,7 @@ def test_the_forms_ask_for_what_is_installed() -> None:
     for path in FORMS:
         assert "python -m trainer_fsdp_patch status --json" in path.read_text()
     for command in re.findall(r"python -m trainer_fsdp_patch ([^`]*)`", "".join(path.read_text() for path in FORMS)):
-        cli.parser().parse_args(command.split())
+        cli.parse(command.split())
 
 
 def test_revisions_of_pre_commit_are_frozen() -> None:

@@ -71,7 +71,7 @@ def patch(
     from trainer_fsdp_patch.planning import budget
 
     budget.set_to(adapter_placement, adapter_budget, base_budget)
-    return registry.patch(*names, strict=strict)
+    return awaiting.Statuses(registry.patch(*names, strict=strict))
 
 
 def unpatch() -> None:

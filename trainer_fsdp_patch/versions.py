@@ -88,3 +88,8 @@ def newer_than_tested(package: str) -> bool:
 def untested() -> dict[str, str]:
     """Packages whose installed release is newer than the newest one tested, and that release."""
     return {package: str(installed(package)) for package in NEWEST_TESTED if newer_than_tested(package)}
+
+
+def missing() -> list[str]:
+    """Packages that the patches wrap and that are not installed."""
+    return [name for name in ("torch", "transformers", "accelerate", "peft") if installed(name) is None]

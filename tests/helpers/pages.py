@@ -38,6 +38,7 @@ RUN_BY = {
     "pytest": ".ci/run",
     "trainer_fsdp_patch check": "tests/test_check.py",
     "trainer_fsdp_patch repair": "tests/test_verify.py",
+    "trainer_fsdp_patch run": "tests/test_run.py",
     "trainer_fsdp_patch seams": "tests/test_seams.py",
     "benchmarks/adapter_step.py": "tests/test_benchmarks.py",
     "benchmarks/base_budget.py": "tests/test_benchmarks.py",
@@ -186,11 +187,11 @@ def _ours(name: str, words: list[str]) -> str:
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
-            cli.parser().parse_args(words)
+            cli.parse(words)
         except SystemExit as ended:
             if ended.code != 0:
                 return said.getvalue().strip().splitlines()[-1]
-    if (words and words[0] in ("status", "verify")) or "--help" in words:
+    if not words or words[0] in ("status", "verify", "--version") or "--help" in words:
         with tempfile.TemporaryDirectory() as folder:
             # A path in capitals stands for the reader's own.
             given = [folder if word.isupper() else word for word in words]

@@ -20,7 +20,7 @@ ROOTS = ("accelerate", "peft", "torch", "transformers")
 """Packages that the targets of all patches lie in."""
 
 DISABLE = "TRAINER_FSDP_PATCH_DISABLE"
-"""Environment variable: names of patches, separated by commas, that `patch()` leaves out; `*` is all."""
+"""Environment variable: names of patches, separated by commas, that `patch()` leaves out; `all` or `*` is all."""
 
 _ARMED: list[_Finder] = []
 
@@ -53,10 +53,14 @@ class _Finder:
 
 
 class Statuses(Sequence["Status"]):
-    """What `patch()` returns: the states of all patches, looked up when they are first read."""
+    """What `patch()` returns: the states of all patches, looked up when they are first read, and shown as one line.
 
-    def __init__(self) -> None:
-        self._read: list[Status] | None = None
+    Args:
+        read: the states, where they are known already.
+    """
+
+    def __init__(self, read: list[Status] | None = None) -> None:
+        self._read = read
 
     def _states(self) -> list[Status]:
         if self._read is None:
@@ -83,7 +87,9 @@ class Statuses(Sequence["Status"]):
         return self._states() == (list(other) if isinstance(other, (Statuses, list)) else other)
 
     def __repr__(self) -> str:
-        return repr(self._states())
+        from trainer_fsdp_patch.patching import showing
+
+        return f"trainer_fsdp_patch: {showing.summary(self)}; status() lists them"
 
 
 def possible() -> bool:

@@ -15,7 +15,7 @@ from types import ModuleType
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.errors import PatchError, message, warn, warn_in_import, warn_text
-from trainer_fsdp_patch.patching import hooks, prewrapped, wrapping
+from trainer_fsdp_patch.patching import hooks, prewrapped, showing, switches, wrapping
 from trainer_fsdp_patch.patching.awaiting import DISABLE
 from trainer_fsdp_patch.patching.documentation import documentation
 
@@ -217,7 +217,7 @@ def patch(*names: str, strict: bool = False, disabled: str | None = None) -> lis
     wanted = [find(name) for name in names] or list(discover().values())
     for item in wanted:
         wanted.extend(other for other in item.required() if other not in wanted)
-    left_out = {name.strip() for name in (os.environ.get(DISABLE, "") if disabled is None else disabled).split(",")}
+    left_out = switches.left_out(os.environ.get(DISABLE, "") if disabled is None else disabled)
     late = ", ".join(prewrapped.models()) if any(item.state == UNUSED for item in wanted) else ""
     if late:
         _warn_late(late, strict)
@@ -240,7 +240,7 @@ def patch(*names: str, strict: bool = False, disabled: str | None = None) -> lis
 def _inapplicable(item: Patch, disabled: set[str]) -> str:
     package = versions.package_of(item.versions)
     version = versions.installed(package)
-    if item.name in disabled or "*" in disabled:
+    if item.name in disabled:
         return f"switched off by {DISABLE}"
     if version is None:
         return f"{package} is not installed"
@@ -340,4 +340,4 @@ def unpatch() -> None:
 
 def status() -> list[Status]:
     """State of every patch; see `trainer_fsdp_patch.status`."""
-    return [item.status() for item in discover().values()]
+    return showing.States(item.status() for item in discover().values())
