@@ -57,6 +57,7 @@ ENDS_BADLY = {
     "no such script": ["run", "{folder}/gone.py"],
     "no such program": ["run", "no-such-program"],
     "a module without a name": ["run", "-m"],
+    "code that is none": ["run", "-c"],
     "a budget that is none": ["run", "--base-budget", "much", "true"],
 }
 

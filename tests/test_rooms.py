@@ -16,6 +16,7 @@ ROOMS = (
     "checking",
     "testing",
     "preparing",
+    "announcing",
     "adapting",
     "training",
     "resuming",
@@ -49,7 +50,7 @@ TAGS = {
     "resuming/optimizer_state.py": ["accelerate 1.7"],
     "resuming/resume.py": ["accelerate 1.7", "accelerate 1.9"],
     "saving/gathering.py": ["torch 2.7"],
-    "training/batch_size.py": ["torch 2.13"],
+    "training/batch_size.py": ["torch 2.15", "torch 2.13"],
 }
 """Every difference between releases in the engine, by module: up to which release it matters."""
 
@@ -76,8 +77,8 @@ def imported(text: str) -> set[Path]:
 def wrong_arrows(room: str, text: str) -> list[str]:
     """Imports that a module of a room must not have."""
     below = ("patching", "ground") if room == "patching" else ROOMS[ROOMS.index(room) :]
-    # `check` shows what patches do: it is no part of the engine.
-    below += ("patching",) if room in ("checking", "testing") else ()
+    # `check` and `status` show what patches do: they are no part of the engine.
+    below += ("patching",) if room in ("commands", "checking", "testing") else ()
     return [str(path) for path in sorted(imported(text)) if room_of(path) not in below]
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pages
 import pytest
 from conftest import ROOT
 from faults import where
+
+from trainer_fsdp_patch.commands import launching
 
 RUN = [sys.executable, "-m", "trainer_fsdp_patch", "run"]
 SAY = """
@@ -67,6 +70,20 @@ def test_a_module(script: Path) -> None:
     found = said(["-m", "package", "-m", "--help"], script.parent)
     assert found["argv"] == [str(package / "__main__.py"), "-m", "--help"]
     assert found["armed"]
+
+
+def test_code(script: Path) -> None:
+    found = said(["-c", SAY, "-m"], script.parent)
+    assert (found["argv"], found["path"], found["armed"]) == (["-c", "-m"], "", True)
+
+
+def test_a_python_that_finds_no_package_takes_the_one_that_runs_it(script: Path, tmp_path: Path) -> None:
+    """As one of another environment does, or the same one next to a checkout; its path stays as it is."""
+    venv.create(tmp_path / "bare", with_pip=False)
+    script.write_text(f"import sys\nassert {str(ROOT)!r} not in sys.path\n{SAY}")
+    done = start([str(tmp_path / "bare/bin/python"), str(script)], tmp_path, env={"PYTHONPATH": str(launching.SITE)})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["armed"]
 
 
 def test_a_program_and_the_pythons_that_it_starts(script: Path) -> None:
@@ -159,11 +176,10 @@ def test_a_budget_reaches_the_program(script: Path) -> None:
 
 def test_a_python_without_this_package_goes_on(script: Path, tmp_path: Path) -> None:
     """Such as one of another environment, which a program starts."""
-    site = ROOT / "trainer_fsdp_patch" / "commands" / "site"
     bare = [sys.executable, "-s", "-c", "import sys; sys.path[:] = []; print('went on')"]
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide" / "trainer_fsdp_patch.py").write_text("raise ImportError('not here')\n")
-    done = start(bare, tmp_path, env={"PYTHONPATH": f"{site}{os.pathsep}{tmp_path / 'hide'}"})
+    done = start(bare, tmp_path, env={"PYTHONPATH": f"{launching.SITE}{os.pathsep}{tmp_path / 'hide'}"})
     assert (done.returncode, done.stdout) == (0, "went on\n")
     assert (
         done.stderr == f"trainer_fsdp_patch run: {sys.executable} was not patched, and goes on without it: not here\n"
@@ -188,7 +204,7 @@ class TrainingArguments(transformers.TrainingArguments):
     [
         [*RUN, "torchrun", "--nproc-per-node", "2"],
         pytest.param(
-            [*RUN, "accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1"],
+            [*RUN, "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
             marks=pytest.mark.long,
         ),
         pytest.param(["torchrun", "--nproc-per-node", "2", "-m", "trainer_fsdp_patch", "run"], marks=pytest.mark.long),

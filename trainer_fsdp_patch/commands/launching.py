@@ -15,8 +15,11 @@ from trainer_fsdp_patch.patching.awaiting import DISABLE
 
 HELP = "run a script, a module or a program, patched"
 
-SITE = Path(__file__).with_name("site")
+SITE = Path(__file__).with_name("start")
 """Folder of the sitecustomize that calls `patch()`."""
+
+CODE = ("-m", "-c")
+"""Options of python's that say what to run."""
 
 BUDGET = "TRAINER_FSDP_PATCH_BASE_BUDGET"
 
@@ -28,6 +31,7 @@ and exit codes are its own. A script that calls `patch()` itself is not patched 
 MORE = """what TARGET is:
   script.py        a Python script, as `python script.py` runs it
   -m module        a module, as `python -m module` runs it
+  -c code          code, as `python -c code` runs it
   torchrun, ...    any other program, such as torchrun, accelerate or trl
 
 exit codes:
@@ -66,7 +70,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         words: behind `run`.
     """
     place = 0
-    while place < len(words) and words[place].startswith("-") and words[place] not in ("--", "-m"):
+    while place < len(words) and words[place].startswith("-") and words[place] not in ("--", *CODE):
         place += 2 if words[place] in ("--disable", "--base-budget") else 1
     return list(words[:place]), list(words[place:])
 
@@ -104,27 +108,29 @@ def command(target: Sequence[str]) -> list[str]:
     """What to execute.
 
     Args:
-        target: script, `-m` and a module, or a program; with its arguments.
+        target: script, `-m` and a module, `-c` and code, or a program; with its arguments.
 
     Raises:
-        RunError: there is none.
+        RunError: there is none, or this Python reads no environment.
     """
     words = list(target[1:] if target[:1] == ["--"] else target)
-    if not words or words == ["-m"]:
+    if not words or (words[0] in CODE and len(words) == 1):
         raise _refused(" ".join(["run", *words]), "no script, module or program is named")
-    # Options of this interpreter, such as -W error, hold for what takes its place.
-    python = [sys.executable, *subprocess._args_from_interpreter_flags()]  # type: ignore[attr-defined]
-    if words[0] == "-m":
-        return [*python, *words]
-    path = Path(words[0])
-    if path.suffix == ".py" or (path.exists() and shutil.which(words[0]) is None):
-        if not path.exists():
+    path, program = Path(words[0]), shutil.which(words[0])
+    if words[0] in CODE or path.suffix == ".py" or (path.exists() and program is None):
+        if words[0] not in CODE and not path.exists():
             raise _refused(words[0], "there is no such file")
-        return [*python, *words]
-    program = shutil.which(words[0])
+        return [*_python(), *words]
     if program is None:
         raise _refused(words[0], "there is no such program")
     return [program, *words[1:]]
+
+
+def _python() -> list[str]:
+    """This interpreter. Its options, such as -W error, hold for what takes its place."""
+    if sys.flags.ignore_environment or sys.flags.no_site:
+        raise _refused(sys.executable, "its option -E, -I or -S keeps patch() out of what takes its place")
+    return [sys.executable, *subprocess._args_from_interpreter_flags()]  # type: ignore[attr-defined]
 
 
 def patched(environment: os._Environ[str] | dict[str, str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ class Plan:
             sharded.
         units: the expected units of FSDP and what each shards, the root first. None where they do not go by class.
         resident: units that base_budget keeps full on each rank, and what of each.
+        ranks: over which FSDP shards.
+        traffic: how often a step gathers a unit, and bytes of all of these. None where units do not go by class.
     """
 
     fsdp_version: int
@@ -78,6 +81,8 @@ class Plan:
     reasons: tuple[str, ...]
     units: expecting.Units | None = None
     resident: expecting.Units = ()
+    ranks: int = 1
+    traffic: tuple[int, int] | None = None
 
     @property
     def ignored(self) -> tuple[Placement, ...]:
@@ -215,10 +220,12 @@ def make_plan(
     wanted = residence.asked(base_budget, budget.settings.base_budget)
     # Where units go by size, the layers of the model are what a budget keeps.
     layers = roots or _roots(model, inventory.walked, None)
-    if wanted is None:
-        return plan
-    base = residence.Base(model, inventory.walked, names, layers, originals)
-    return residence.budgeted(plan, base, wanted, ranks, gathers, room)
+    if wanted is not None:
+        base = residence.Base(model, inventory.walked, names, layers, originals)
+        plan = residence.budgeted(plan, base, wanted, ranks, gathers, room)
+    twice = expecting.gathered_twice(model, inventory.walked, layers, fsdp_version)
+    traffic = None if plan.units is None else expecting.traffic(plan, twice, ranks, gathers)
+    return dataclasses.replace(plan, ranks=ranks, traffic=traffic)
 
 
 def _refuse_nothing(setting: str) -> None:

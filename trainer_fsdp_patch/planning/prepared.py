@@ -39,6 +39,7 @@ class Prepared:
         groups: data-parallel process groups that gradients are averaged over.
         native: whether transformers sharded the base while it loaded it, and accelerate knows of no FSDP.
         accelerator: gives the one that prepares the model, from `belongs_to` on, as long as it lives.
+        announced: whether the log has said what the plan is.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Prepared:
         self.roles = {item.tensor.name: item.tensor.role for item in plan.ignored}
         self.sharded_names = [item.tensor.name for item in plan.sharded]
         self.cast: torch.dtype | None = None
+        self.announced = False
         self.accelerator: Callable[[], Accelerator | None] = _nobody
         self.hold(taken)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.adapting import residents
+from trainer_fsdp_patch.announcing import start
 from trainer_fsdp_patch.errors import AdapterError, PlanError
 from trainer_fsdp_patch.inspecting import elementwise, inventory, sharing
 from trainer_fsdp_patch.loading import taking
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch._C._distributed_c10d import ProcessGroup
     from transformers import Trainer
-
-logger = logging.getLogger("trainer_fsdp_patch")
 
 _LOCAL = {"auto_mapping", "base_model_name_or_path", "revision"}
 """Entries of an adapter's configuration that may differ between machines."""
@@ -57,6 +55,7 @@ def prepare(trainer: Trainer, model: nn.Module, *, training: bool = False) -> Pr
     if prepared is not None:
         if training:
             later.take_up(prepared, accelerator.device)
+            start.announce(prepared, main=accelerator.is_main_process)
         return prepared
     if not native:
         refuse_wrapped(model)
@@ -78,6 +77,8 @@ def prepare(trainer: Trainer, model: nn.Module, *, training: bool = False) -> Pr
     if room is not None and plan.fsdp_version == 2:
         residents.watch(prepared, accelerator.device)
     optimizer_groups.separate(trainer)
+    if training:
+        start.announce(prepared, main=accelerator.is_main_process)
     return prepared
 
 
@@ -108,10 +109,6 @@ def _settle(accelerator: Accelerator, prepared: Prepared, taken: inventory.Inven
         taking.give_packed(prepared, accelerator)
     steps.watch(prepared, accelerator)
     keep(model, prepared)
-    if accelerator.is_main_process:
-        logger.info("FSDP%d: %s.", plan.fsdp_version, plan.summary())
-        for reason in (*plan.reasons, *plan.costs()):
-            logger.info("FSDP%d: %s.", plan.fsdp_version, reason)
     return prepared
 
 

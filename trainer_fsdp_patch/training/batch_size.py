@@ -122,7 +122,9 @@ def _forget_gradients(group: FSDPParamGroup) -> None:
     for item in group.fsdp_params:
         if hasattr(item, "_unsharded_param"):
             item._unsharded_param.grad = None
-        item.unsharded_accumulated_grad = None
+        # until torch 2.15: the sum of several backward passes is kept apart from that gradient
+        if not isinstance(getattr(type(item), "unsharded_accumulated_grad", None), property):
+            item.unsharded_accumulated_grad = None
 
 
 def _reset(module: nn.Module) -> None:
