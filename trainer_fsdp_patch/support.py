@@ -24,10 +24,10 @@ PINNED = {
 }
 """Releases of the test extra: the full matrix and all tests run on these."""
 
-NEWEST = {**PINNED, "python": "3.13"}
-"""Newest release of each package that was tested in any way."""
+NEWEST = {**PINNED, "python": "3.13", "torch": "2.15.0"}
+"""Newest release of each package that all tests were run on, next to the pinned ones of the others."""
 
-CHECKED = {"torch": ["2.14.1", "2.15.0"]}
+CHECKED = {"torch": ["2.14.1"]}
 """Releases on which `check` was run and is right, and not all of the tests."""
 
 STACKS = [

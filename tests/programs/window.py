@@ -25,7 +25,7 @@ The window of supported releases is `trainer_fsdp_patch/support.py`.
 A release in between that is not listed has to work as well: the random triples below are a sample of those.
 
 {window}
-- Matrix: [every method and set-up](measured.md), and all tests.
+- Matrix: [every method and set-up](measured.md), and all tests. The tests ran with the newest torch too.
 - Stacks: five adapters on both versions of FSDP, trained, saved and resumed, stock and patched.
 - Triples: the same scenarios, patched.
 - Check: `python -m trainer_fsdp_patch check`, next to the newest of the others.
