@@ -211,7 +211,7 @@ class TrainingArguments(transformers.TrainingArguments):
     ],
     ids=["run torchrun", "run accelerate launch", "torchrun -m"],
 )
-def test_ranks_are_patched_and_save_what_one_process_saves(launcher: list[str], tmp_path: Path) -> None:
+def test_ranks_are_patched_and_save_a_sound_adapter(launcher: list[str], tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text()
     [script] = [item.text for item in pages.fences(text, "README.md") if "Vera" in item.text]
     script = script.replace("import trainer_fsdp_patch\n\ntrainer_fsdp_patch.patch()\n", "")

@@ -254,7 +254,8 @@ class Ways:
         one = self.one(case, setup)
         if one.error and not newest:
             pytest.skip(f"one process does not do this either: {one.error}")
-        assert self.verdict(case, setup, patched=True) == ""
+        said = self.verdict(case, setup, patched=True)
+        assert said == "", said
         expected = case.stock.get(setup.name, "")
         if newest and expected and expected not in (EMPTY, HUNG):
             assert expected in self.verdict(case, setup, patched=False)

@@ -96,6 +96,68 @@ def sft(scene: Scene) -> Found:
     return fresh(scene, SFTTrainer, arguments(scene, SFTConfig, max_length=16), train_dataset=data)
 
 
+def sft_packed(scene: Scene) -> Found:
+    """Rows are joined to full lengths before the ranks share them."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    data = Dataset.from_dict({"text": texts(0, 24, 32)})
+    given = arguments(scene, SFTConfig, max_length=16, packing=True, packing_strategy="wrapped")
+    return fresh(scene, SFTTrainer, given, train_dataset=data)
+
+
+def sft_of_completions(scene: Scene) -> Found:
+    """The loss is that of the completions alone, whose number differs from rank to rank."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    data = Dataset.from_dict({"prompt": texts(1, 3, 6), "completion": [f" {text}" for text in texts(2, 2, 8)]})
+    given = arguments(scene, SFTConfig, max_length=16, completion_only_loss=True)
+    return fresh(scene, SFTTrainer, given, train_dataset=data)
+
+
+def translation(scene: Scene) -> Found:
+    """T5 with LoRA, whose evaluation generates. Its loss is a mean of each rank, so that labels are of one length."""
+    import torch
+    from peft import get_peft_model
+    from transformers import (
+        DataCollatorForSeq2Seq,
+        Seq2SeqTrainer,
+        Seq2SeqTrainingArguments,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=trial.VOCABULARY, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=3,
+    )  # fmt: skip
+    model = get_peft_model(
+        T5ForConditionalGeneration(config), lora(target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    )
+    trial.nudge(model)
+    # Of a batch that ranks fill up, transformers gives the answers to the filling too, under DDP as well.
+    extra = {"predict_with_generate": True, "generation_max_length": 6, "per_device_eval_batch_size": 2}
+    given = arguments(scene, Seq2SeqTrainingArguments, **extra)
+    words = tokenizer()
+    rows = [
+        {"input_ids": words(first)["input_ids"], "labels": words(second)["input_ids"]}
+        for first, second in zip(texts(1, 3, 9), texts(2, 4, 5), strict=True)
+    ]
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=given,
+        train_dataset=rows,
+        eval_dataset=rows[:4],
+        data_collator=DataCollatorForSeq2Seq(words, model=None),
+        processing_class=words,
+    )
+    found = finished(scene, trainer)
+    answers = trainer.predict(rows[:4]).predictions
+    return {**found, "answers": torch.tensor(answers)}
+
+
 def dpo(scene: Scene) -> Found:
     from trl import DPOConfig, DPOTrainer
 
@@ -249,6 +311,32 @@ CASES = [
         sft,
         stock={"FSDP1": cases.EMPTY},
         missing=TRL,
+        always=False,
+    ),
+    Case(
+        "TRL: SFTTrainer that packs",
+        "https://github.com/huggingface/trl/issues/2537",
+        "`SFTConfig(packing=True)`: rows are joined and cut to one length.",
+        sft_packed,
+        stock={"FSDP1": cases.EMPTY},
+        missing=TRL,
+        always=False,
+    ),
+    Case(
+        "TRL: SFTTrainer of completions",
+        "https://github.com/huggingface/trl/issues/2537",
+        "`completion_only_loss=True`: ranks have other numbers of tokens in the loss.",
+        sft_of_completions,
+        stock={"FSDP1": cases.EMPTY},
+        missing=TRL,
+        always=False,
+    ),
+    Case(
+        "Seq2SeqTrainer that generates",
+        "https://github.com/huggingface/transformers/issues/34530",
+        "T5 with LoRA, `predict_with_generate=True`, and `predict()` after the training.",
+        translation,
+        stock={"FSDP1": "/loss/0 is ", "FSDP2": "is shared with a parameter already managed by another FSDP group"},
         always=False,
     ),
     Case(
