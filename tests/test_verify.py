@@ -139,13 +139,34 @@ def test_what_cannot_be_mended(good: Path, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rounded_projections(bench: Bench, tmp_path: Path, dtype: torch.dtype) -> None:
-    """FSDP1's mixed precision rounded them in place."""
+def test_rounded_projections_are_a_note(bench: Bench, tmp_path: Path, dtype: torch.dtype, capsys: Any) -> None:
+    """FSDP1's mixed precision rounds them in place, and peft makes them so next to a base in bf16."""
     scene = checkpoints.Scene(bench)
     run = scene.run(checkpoints.train, Setup("f1", fsdp=1), patched=True, configure=METHODS["vera"])
     good = Path(shutil.copytree(run[0].folder, tmp_path / "good"))
+    assert faults(good) == []
     change(good, lambda tensors: {k: v.bfloat16().to(dtype) if "vera_A" in k else v for k, v in tensors.items()})
-    assert faults(good) == ["rounded"]
+    [found] = verify.verify_path(good)
+    assert (found.fault, found.note) == ("rounded", True)
+    assert cli.main(["verify", str(good)]) == 0
+    assert "vera_A: note, every value of the projection is one of bf16" in capsys.readouterr().out
+    assert cli.main(["verify", str(good), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["alive"]
+
+
+def test_vera_next_to_a_base_in_bf16_is_alive(tmp_path: Path) -> None:
+    from peft import VeraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    base = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
+    model = get_peft_model(base, VeraConfig(r=8, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lambda" in name:
+            parameter.data.add_(0.02)
+    model.save_pretrained(tmp_path)
+    assert {item.fault for item in verify.verify_path(tmp_path) if not item.note} == set()
+    assert "rounded" in faults(tmp_path)
 
 
 def test_truncated_and_hostile_files(good: Path, tmp_path: Path) -> None:

@@ -29,7 +29,10 @@ from pathlib import Path
 from trainer_fsdp_patch import cli
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGES = [ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
+PAGES = [
+    ROOT / name
+    for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")
+]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 CODE = re.compile(r"^(?P<ticks>`{3,}|~{3,})(?P<info>[^\n]*)\n(?P<text>.*?)^(?P=ticks)[ \t]*$", re.MULTILINE | re.DOTALL)
 
@@ -47,6 +50,7 @@ RUN_BY = {
     "benchmarks/quantized.py": "tests/test_packed_bases.py",
     "benchmarks/scale.py": "tests/test_benchmarks.py",
     "benchmarks/steps.py": "tests/test_benchmarks.py",
+    "examples/quantized_sft.py": "tests/test_examples.py",
     "examples/vera_text_classification.py": "tests/test_example.py",
     "tests/matrix/cells.py": "tests/test_matrix.py",
     "tests/matrix/footprints.py": "tests/test_footprint.py",

@@ -72,8 +72,9 @@ def verify(given: argparse.Namespace) -> int:
     findings = verify.verify_path(given.path)
     if given.json:
         rows = [dataclasses.asdict(item) for item in findings]
-        sys.stdout.write(json.dumps({"path": str(given.path), "alive": not findings, "findings": rows}) + "\n")
-        return int(bool(findings))
+        alive = all(item.note for item in findings)
+        sys.stdout.write(json.dumps({"path": str(given.path), "alive": alive, "findings": rows}) + "\n")
+        return int(not alive)
     return _show([], findings, given.path)
 
 
@@ -101,13 +102,19 @@ def _show(done: Sequence[str], findings: Sequence[Finding], place: Path) -> int:
     console = Console(width=None if Console().is_terminal else 140)
     for line in done:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if not findings:
+    faults = [item for item in findings if not item.note]
+    for item in findings:
+        if item.note:
+            console.print(
+                f"{item.file} {item.tensor}: note, {item.text}", highlight=False, markup=False, soft_wrap=True
+            )
+    if not faults:
         console.print(f"{place}: alive, nothing is wrong", highlight=False, markup=False, soft_wrap=True)
         return 0
-    table = Table(title=f"{len(findings)} fault{'s' * (len(findings) > 1)}", title_justify="left")
+    table = Table(title=f"{len(faults)} fault{'s' * (len(faults) > 1)}", title_justify="left")
     for column in ("where", "fault", "found", "repair"):
         table.add_column(column, overflow="fold")
-    for item in findings:
+    for item in faults:
         mend = "`repair` mends it" if item.repairable else f"cannot: {repair.REASONS[item.fault]}"
         table.add_row(f"{item.file} {item.tensor}".strip(), item.fault, item.text, mend)
     console.print(table, markup=False)

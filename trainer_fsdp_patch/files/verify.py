@@ -30,13 +30,14 @@ _PICKLES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One thing that is wrong, or may be.
 
     Attributes:
         file: where; tensor: key of the first tensor concerned, or "".
         fault: a word for scripts, such as "wrapper-names", "empty" or "one-rank".
         text: what was found.
         repairable: whether `repair` mends it.
+        note: whether nobody can tell from the file that it is a fault; the file is alive with it.
     """
 
     file: str
@@ -44,6 +45,7 @@ class Finding:
     fault: str
     text: str
     repairable: bool = False
+    note: bool = False
 
 
 def verify_path(where: Path) -> list[Finding]:
@@ -111,8 +113,10 @@ def _file(file: Path, config: reading.Json) -> Iterator[Finding]:
         for key, fault, text in check(tensors):
             yield Finding(str(file), key, fault, text, fault == "wrapper-names")
     kind = str(config.get("peft_type", ""))
-    for key, fault, text in (*_untrained(tensors, kind), *_rounded(tensors, kind)):
+    for key, fault, text in _untrained(tensors, kind):
         yield Finding(str(file), key, fault, text)
+    for key, fault, text in _rounded(tensors, kind):
+        yield Finding(str(file), key, fault, text, note=True)
 
 
 Fault = tuple[str, str, str]
@@ -205,16 +209,17 @@ def _shard(tensor: torch.Tensor) -> tuple[int, int] | None:
 
 
 def _rounded(tensors: dict[str, torch.Tensor], kind: str) -> Iterator[Fault]:
-    """Projections that mixed precision has rounded; they were drawn in fp32."""
+    """Projections whose values are all those of bf16: peft makes such next to a base in bf16.
+
+    Mixed precision makes the same of others in place, so that the file alone does not tell.
+    """
     import torch
 
     for key, tensor in tensors.items():
         if canonical(key).rpartition(".")[2] not in _PROJECTIONS.get(kind, ()) or not tensor.is_floating_point():
             continue
-        if tensor.dtype != torch.float32:
-            yield key, "rounded", f"the projection is {str(tensor.dtype).removeprefix('torch.')}, it was drawn in fp32"
-        elif torch.equal(tensor, tensor.to(torch.bfloat16).float()):
-            yield key, "rounded", "every value of the projection is one of bf16, it was drawn in fp32"
+        if torch.equal(tensor, tensor.to(torch.bfloat16).to(tensor.dtype)):
+            yield key, "rounded", "every value of the projection is one of bf16: so is the base, or mixed precision"
 
 
 def _checkpoint(folder: Path, *, adapter: bool) -> Iterator[Finding]:

@@ -1,0 +1,145 @@
+"""The examples that people copy: each runs on two CPU ranks as it stands, and gives what one process gives."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from faults import where
+from safetensors.torch import load_file
+
+EXAMPLES = ROOT / "examples"
+SITE = """
+import wrapt
+
+def on_cpu(module):
+    upstream = module.TrainingArguments.__post_init__
+
+    def post_init(self):
+        import os
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        self.use_cpu, self.ddp_backend = True, "gloo" if ranks > 1 else None
+        upstream(self)
+        if ranks > 1:
+            from trainer_fsdp_patch.testing import cpu
+            cpu.bridge(self)
+
+    module.TrainingArguments.__post_init__ = post_init
+
+wrapt.when_imported("transformers.training_args")(on_cpu)
+"""
+"""What stands in for accelerators where a project knows of none of this: it is a sitecustomize of the test's own."""
+
+
+def run(words: list[str], folder: Path, *paths: Path) -> str:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT))),
+    }
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def launched(port: int) -> list[str]:
+    # Ports of pytest's own runs lie elsewhere.
+    return ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port + os.getpid() % 300)]
+
+
+def differ(ours: Path, theirs: Path) -> float:
+    """The largest relative difference of what an adapter has of one kind, such as all of lora_B."""
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs))
+    assert one.keys() == two.keys()
+    kinds = {key.rsplit(".", 2)[-2] if key.endswith("weight") else key.rsplit(".", 1)[-1] for key in one}
+    assert kinds
+
+    def norm(kind: str, other: dict[str, torch.Tensor]) -> float:
+        return sum(float((two[key] - other.get(key, 0)).float().square().sum()) for key in two if kind in key) ** 0.5
+
+    return max(norm(kind, one) / norm(kind, {}) for kind in kinds)
+
+
+@where("transformers>=5.10.dev0", "torch>=2.6.dev0")
+@pytest.mark.parametrize(
+    ("method", "fsdp"),
+    [("lora", 2), *(pytest.param(*case, marks=pytest.mark.long) for case in (("lora", 1), ("vera", 1), ("vera", 2)))],
+)
+def test_quantized_sft(tmp_path: Path, method: str, fsdp: int) -> None:
+    pytest.importorskip("trl")
+    pytest.importorskip("bitsandbytes")
+    words = [str(EXAMPLES / "quantized_sft.py"), "--method", method, "--steps", "3"]
+    run([sys.executable, *words, "--out", "one"], tmp_path)
+    said = run([sys.executable, *launched(29000), *words, "--fsdp", str(fsdp), "--out", "two"], tmp_path)
+    assert "loss from" in said
+    assert differ(tmp_path / "two", tmp_path / "one") < 0.1
+    run([sys.executable, "-m", "trainer_fsdp_patch", "verify", "two"], tmp_path)
+
+
+@where("transformers>=5.10.dev0", "torch>=2.6.dev0")
+def test_an_existing_project_by_accelerate_launch(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SITE)
+    script = str(EXAMPLES / "existing_project" / "train.py")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    # One process with the global batch of the two.
+    text = (EXAMPLES / "existing_project" / "train.py").read_text()
+    alone = tmp_path / "one" / "train.py"
+    alone.write_text(text.replace("max_steps=4", "max_steps=4, per_device_train_batch_size=16"))
+    shutil.copy(EXAMPLES / "existing_project" / "model.py", tmp_path / "one")
+    run([sys.executable, str(alone)], tmp_path / "one", site)
+    launch = [
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--main_process_port",
+        str(29400 + os.getpid() % 90),
+    ]
+    config = str(EXAMPLES / "existing_project" / "fsdp.yaml")
+    run([sys.executable, *launch, "--config_file", config, script], tmp_path / "two", site)
+    assert differ(tmp_path / "two" / "adapter", tmp_path / "one" / "adapter") < 1e-3
+
+
+def test_the_existing_projects_pins_are_those_that_are_tested() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    tested = config["options.extras_require"]["test"].replace(" ", "").split()
+    lines = (EXAMPLES / "existing_project" / "requirements.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert [pin for pin in pins if pin not in tested] == ["trainer_fsdp_patch==0.1.0"]
+
+
+def test_the_files_for_clusters() -> None:
+    batch = EXAMPLES / "slurm" / "train.sbatch"
+    assert subprocess.run(["bash", "-n", str(batch)], check=False).returncode == 0
+    shellcheck = shutil.which("shellcheck")
+    assert shellcheck is None or subprocess.run([shellcheck, str(batch)], check=False).returncode == 0
+    job = yaml.safe_load((EXAMPLES / "kubeflow" / "pytorchjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    named = set(re.findall(r"examples/[\w/]+\.\w+", batch.read_text()))
+    for kind in ("Master", "Worker"):
+        node = job["spec"]["pytorchReplicaSpecs"][kind]
+        [container] = node["template"]["spec"]["containers"]
+        assert container["name"] == "pytorch"
+        assert str(container["resources"]["limits"]["nvidia.com/gpu"]) == job["spec"]["nprocPerNode"]
+        named |= {word for word in container["command"] if word.endswith(".py")}
+    assert all((ROOT / path).is_file() for path in named)
+
+
+def test_every_example_has_its_line() -> None:
+    text = (EXAMPLES / "README.md").read_text()
+    made = [path for path in EXAMPLES.iterdir() if path.name not in ("README.md", "on_cpu.py", "__pycache__")]
+    assert [path.name for path in made if f"]({path.name}" not in text] == []
