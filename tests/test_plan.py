@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from typing import Any
 
 import peft
@@ -55,6 +57,23 @@ def test_vera_in_detail() -> None:
     assert found["base_model.model.model.layers.1.self_attn.q_proj.vera_lambda_b.default"].role == "adapter"
     assert plan.use_orig_params is None
     assert plan.summary() == "shard 0.3 MiB (21 base); replicate 0.0 MiB (8 adapter, 2 base, 2 projection)"
+
+
+def test_a_plan_is_printed_in_a_few_lines() -> None:
+    plan = trainer_fsdp_patch.plan(METHODS["vera"](llama()), ranks=2)
+    text = str(plan).splitlines()
+    assert text[0] == f"FSDP2 on 2 ranks: {plan.summary()}."
+    assert re.fullmatch(r"0\.\d MiB on each rank between steps, and at most 0\.\d MiB of gathered units\.", text[1])
+    assert text[2].startswith(f"{plan.traffic[0]} gathers in forward and backward, of ")
+    assert repr(plan) == f"<Plan for FSDP2: {plan.summary()}>"
+    many = dataclasses.replace(plan, reasons=tuple(map(str, range(20))))
+    assert len(str(many).splitlines()) == 10
+    assert len(repr(many)) < 200
+
+
+def test_a_plan_of_units_by_size_says_nothing_of_gathers() -> None:
+    plan = dataclasses.replace(trainer_fsdp_patch.plan(METHODS["lora"](llama()), ranks=2), units=None, traffic=None)
+    assert "gather" not in str(plan)
 
 
 def test_what_of_the_base_stays_whole_is_said_with_its_bytes() -> None:

@@ -55,7 +55,7 @@ class Placement:
         return self.placement == REPLICATE and not (tensor.kind == "buffer" and left)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What is sharded and what replicated.
 
@@ -118,6 +118,18 @@ class Plan:
             ):
                 costs[item.reason] += item.tensor.nbytes
         return [f"{size / 2**20:.1f} MiB of the base full on each rank: {why}" for why, size in costs.most_common()]
+
+    def __repr__(self) -> str:
+        return f"<Plan for FSDP{self.fsdp_version}: {self.summary()}>"
+
+    def __str__(self) -> str:
+        taken = expecting.footprint(self, self.ranks)
+        lines = [f"FSDP{self.fsdp_version} on {self.ranks} ranks: {self.summary()}"]
+        lines += [f"{taken.rest / 2**20:.1f} MiB on each rank between steps"]
+        if self.traffic is not None and taken.gathered is not None:
+            lines[-1] += f", and at most {taken.gathered / 2**20:.1f} MiB of gathered units"
+            lines += [f"{self.traffic[0]} gathers in forward and backward, of {self.traffic[1] / 2**20:.1f} MiB"]
+        return "\n".join(f"{line}." for line in [*lines, *self.reasons, *self.costs()][:10])
 
     def summary(self) -> str:
         """One line: how many tensors and MiB are sharded and replicated, by role."""
