@@ -113,6 +113,18 @@ def test_an_existing_project_by_accelerate_launch(tmp_path: Path) -> None:
     assert differ(tmp_path / "two" / "adapter", tmp_path / "one" / "adapter") < 1e-3
 
 
+@pytest.mark.long
+@where("transformers>=5.10.dev0", "torch>=2.6.dev0")
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_two_workers_of_ray_train(tmp_path: Path, fsdp: int) -> None:
+    pytest.importorskip("ray", reason="ray comes with the extra clients")
+    script = [sys.executable, str(EXAMPLES / "ray_train.py"), "--fsdp", str(fsdp)]
+    # Ray shows what its workers say on its standard error.
+    run([*script, "--workers", "1", "--out", "one"], tmp_path)
+    run([*script, "--workers", "2", "--out", "two"], tmp_path)
+    assert differ(tmp_path / "two", tmp_path / "one") < 1e-3
+
+
 def test_the_existing_projects_pins_are_those_that_are_tested() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
