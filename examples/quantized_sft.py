@@ -63,11 +63,11 @@ def main() -> None:
     given = parser.parse_args()
 
     fsdp = {"version": given.fsdp, "transformer_layer_cls_to_wrap": [given.layer]}
-    if on_cpu.NEEDED and given.fsdp == 1:
+    if on_cpu.needed() and given.fsdp == 1:
         fsdp["sync_module_states"] = False
     arguments = SFTConfig(
         output_dir=given.out,
-        per_device_train_batch_size=8 // on_cpu.RANKS,
+        per_device_train_batch_size=8 // on_cpu.ranks(),
         max_steps=given.steps,
         max_length=64,
         learning_rate=2e-4 if given.method == "lora" else 1e-2,
@@ -76,7 +76,7 @@ def main() -> None:
         logging_steps=1,
         report_to=[],
         seed=0,
-        **({"fsdp": True, "fsdp_config": fsdp} if on_cpu.RANKS > 1 else {}),
+        **({"fsdp": True, "fsdp_config": fsdp} if on_cpu.ranks() > 1 else {}),
         **on_cpu.settings(),
     )
     on_cpu.begin(arguments)

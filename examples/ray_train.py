@@ -29,7 +29,7 @@ def train(given: dict[str, object]) -> None:
     numbers = ([(7 * row + 3 * place) % 92 + 4 for place in range(8)] for row in range(64))
     rows = [{"input_ids": tokens, "labels": tokens} for tokens in numbers]
     fsdp = {"version": given["fsdp"], "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    if on_cpu.NEEDED and given["fsdp"] == 1:
+    if on_cpu.needed() and given["fsdp"] == 1:
         fsdp["sync_module_states"] = False
     arguments = TrainingArguments(
         output_dir=f"{given['out']}/run",
@@ -39,7 +39,7 @@ def train(given: dict[str, object]) -> None:
         save_strategy="no",
         logging_steps=1,
         report_to=[],
-        **({"fsdp": True, "fsdp_config": fsdp} if on_cpu.RANKS > 1 else {}),
+        **({"fsdp": True, "fsdp_config": fsdp} if on_cpu.ranks() > 1 else {}),
         **on_cpu.settings(),
     )
     trainer = Trainer(model=model, args=on_cpu.begin(arguments), train_dataset=rows)

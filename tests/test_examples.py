@@ -125,6 +125,26 @@ def test_two_workers_of_ray_train(tmp_path: Path, fsdp: int) -> None:
     assert differ(tmp_path / "two", tmp_path / "one") < 1e-3
 
 
+@pytest.mark.long
+@where("transformers>=5.10.dev0", "torch>=2.6.dev0")
+def test_the_notebook(tmp_path: Path) -> None:
+    pytest.importorskip("nbclient", reason="nbclient and ipykernel come with the extra clients")
+    book = pytest.importorskip("nbformat").read(EXAMPLES / "notebook.ipynb", 4)
+    code = [cell.source for cell in book.cells if cell.cell_type == "code"]
+    (tmp_path / "one.py").write_text(f"{code[0]}\n{code[1]}\ntrain('one')\n")
+    run([sys.executable, "one.py"], tmp_path, EXAMPLES)
+    program = f"""
+import nbformat, nbclient
+book = nbformat.read({str(EXAMPLES / "notebook.ipynb")!r}, 4)
+nbclient.NotebookClient(book, timeout=300).execute()
+print([cell.outputs for cell in book.cells if cell.cell_type == "code"])
+"""
+    said = run([sys.executable, "-c", program], tmp_path, EXAMPLES)
+    assert "skipped; status() lists them" in said
+    assert "alive, nothing is wrong" in said
+    assert differ(tmp_path / "adapter", tmp_path / "one") < 1e-3
+
+
 def test_the_existing_projects_pins_are_those_that_are_tested() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
