@@ -10,7 +10,6 @@ import pytest
 from cells import METHODS, Bench, Setup, trial
 
 from trainer_fsdp_patch.announcing import start
-from trainer_fsdp_patch.planning import expecting
 from trainer_fsdp_patch.planning.prepared import prepared_for
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome
@@ -70,7 +69,6 @@ def listened(setup: Setup, base: str, folder: str, level: str | None, rank: int)
     extra: dict[str, Any] = {"before": before, "lines": lines.kept, "gathers": per_step}
     if prepared is not None:
         extra |= {"line": start.line(prepared.plan), "plan": prepared.plan.traffic}
-        extra["rest"] = start.size(expecting.footprint(prepared.plan, 2).rest)
     return Outcome(extra=extra)
 
 
@@ -88,7 +86,6 @@ def test_rank_0_says_one_line_when_training_starts(bench: Bench, tmp_path: Path,
     assert first["lines"] == [f"trainer_fsdp_patch: {first['line']}"]
     assert second["lines"] == []
     assert first["line"].startswith(f"FSDP{fsdp} shards ")
-    assert f"a rank holds {first['rest']} between steps" in first["line"]
     # The first step of FSDP1 sets itself up, and an evaluation left units as they were.
     assert first["gathers"][-1] == first["plan"][0]
     assert f"gather {first['plan'][0]} units" in first["line"]

@@ -142,7 +142,9 @@ class Scene:
 def failure(outcomes: list[Outcome]) -> str:
     """Error of the first rank that has one of its own."""
     errors = [outcome.error for outcome in outcomes if outcome.error]
-    return next((error for error in errors if "hung" not in error), errors[0]) if errors else ""
+    # A rank that waited says that another has gone, and one that crashed says why.
+    crashed = [error for error in errors if error.startswith("ended ")]
+    return next((error for error in (*crashed, *errors) if "hung" not in error), errors[0]) if errors else ""
 
 
 def stored_bits(folder: str | Path) -> dict[str, bytes]:

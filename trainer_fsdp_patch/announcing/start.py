@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch.planning import expecting
+from trainer_fsdp_patch.announcing import figures
 from trainer_fsdp_patch.planning.plan import REPLICATE, SHARD, Plan
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def line(plan: Plan) -> str:
         said = [f"FSDP{plan.fsdp_version} shards nothing, {size(shared + full)} is full on each rank"]
     if plan.resident:
         said.append(f"{len(plan.resident)} units of the base stay full")
-    said.append(f"a rank holds {size(expecting.footprint(plan, plan.ranks).rest)} between steps")
+    said.append(f"a rank holds {size(figures.held(plan))} between steps")
     if plan.traffic is not None and plan.ranks > 1:
         times, gathered = plan.traffic
         said.append(f"forward and backward gather {times} units, {size(gathered)}")

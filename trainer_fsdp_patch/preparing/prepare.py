@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.adapting import residents
-from trainer_fsdp_patch.announcing import start
+from trainer_fsdp_patch.announcing import figures, start
 from trainer_fsdp_patch.errors import AdapterError, PlanError
 from trainer_fsdp_patch.inspecting import elementwise, inventory, sharing
 from trainer_fsdp_patch.loading import taking
@@ -56,9 +56,11 @@ def prepare(trainer: Trainer, model: nn.Module, *, training: bool = False) -> Pr
         if training:
             later.take_up(prepared, accelerator.device)
             start.announce(prepared, main=accelerator.is_main_process)
+            figures.watch(trainer, prepared)
         return prepared
     if not native:
         refuse_wrapped(model)
+    figures.asked()
     taken = inventory.take(model)
     if native:
         why = "transformers has sharded the base, and shards no adapter"
@@ -79,6 +81,7 @@ def prepare(trainer: Trainer, model: nn.Module, *, training: bool = False) -> Pr
     optimizer_groups.separate(trainer)
     if training:
         start.announce(prepared, main=accelerator.is_main_process)
+        figures.watch(trainer, prepared)
     return prepared
 
 

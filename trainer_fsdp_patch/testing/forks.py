@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import multiprocessing
 import os
 import pickle
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     Context = ForkContext | SpawnContext
 
+logger = logging.getLogger("trainer_fsdp_patch")
+
 TIMEOUT = 60.0
 """Seconds after which ranks that wait for each other are killed."""
 
@@ -37,6 +40,9 @@ PORTS = 4
 
 _LOG = 100_000
 """Bytes of what a rank wrote that are kept, from the end."""
+
+_CRASHES = ("ended by SIGABRT", "ended by SIGBUS", "ended by SIGSEGV")
+"""Errors of a rank that crashed below Python."""
 
 _PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux's prctl, which Python does not name."""
@@ -49,7 +55,8 @@ def launch(function: Callable[..., Outcome], *args: object, ranks: int) -> list[
 
     Args:
         function: called as `function(*args, rank)` with the environment of a launcher set. It is called again, with
-            another port, where another program took the first.
+            another port, where another program took the first. And once more where a rank on a CPU ended by a signal of
+            its own: of thousands of runs here, a few did so inside of torch, stock ones too.
         *args: for the function. Nothing is pickled, unless this process has begun an accelerator's runtime: its ranks
             are started afresh then.
         ranks: number of processes; one alone gets no distributed environment.
@@ -61,6 +68,10 @@ def launch(function: Callable[..., Outcome], *args: object, ranks: int) -> list[
     for _ in range(PORTS - 1):
         if ranks == 1 or not any(map(lost_its_port, outcomes)):
             break
+        outcomes = _launched(function, args, ranks)
+    fallen = next((outcome.error for outcome in outcomes if outcome.error in _CRASHES), "")
+    if fallen and ranks > 1 and not on_accelerators(ranks):
+        logger.warning("A rank %s. It is run once more: torch's collectives over gloo do so, rarely.", fallen)
         outcomes = _launched(function, args, ranks)
     return outcomes
 
