@@ -41,7 +41,9 @@ def tokenizer() -> Any:
     vocabulary = words | {word: place for place, word in enumerate(special.values())}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    # Of its default names a Llama takes these two, and `generate` refuses others.
+    takes = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=takes, **special)
 
 
 def texts(seed: int, low: int, high: int) -> list[str]:

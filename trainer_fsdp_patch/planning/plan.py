@@ -125,7 +125,7 @@ class Plan:
     def __str__(self) -> str:
         taken = expecting.footprint(self, self.ranks)
         lines = [f"FSDP{self.fsdp_version} on {self.ranks} ranks: {self.summary()}"]
-        lines += [f"{taken.rest / 2**20:.1f} MiB on each rank between steps"]
+        lines += [f"{taken.rest / 2**20:.1f} MiB of parameters on each rank between steps"]
         if self.traffic is not None and taken.gathered is not None:
             lines[-1] += f", and at most {taken.gathered / 2**20:.1f} MiB of gathered units"
             lines += [f"{self.traffic[0]} gathers in forward and backward, of {self.traffic[1] / 2**20:.1f} MiB"]
