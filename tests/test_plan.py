@@ -63,7 +63,9 @@ def test_a_plan_is_printed_in_a_few_lines() -> None:
     plan = trainer_fsdp_patch.plan(METHODS["vera"](llama()), ranks=2)
     text = str(plan).splitlines()
     assert text[0] == f"FSDP2 on 2 ranks: {plan.summary()}."
-    assert re.fullmatch(r"0\.\d MiB of parameters on each rank between steps, and at most 0\.\d MiB of gathered units\.", text[1])
+    assert re.fullmatch(
+        r"0\.\d MiB of parameters on each rank between steps, and at most 0\.\d MiB of gathered units\.", text[1]
+    )
     assert text[2].startswith(f"{plan.traffic[0]} gathers in forward and backward, of ")
     assert repr(plan) == f"<Plan for FSDP2: {plan.summary()}>"
     many = dataclasses.replace(plan, reasons=tuple(map(str, range(20))))
