@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from cells import METHODS, Bench, Setup, trial
 
+from trainer_fsdp_patch import sizes
 from trainer_fsdp_patch.announcing import start
 from trainer_fsdp_patch.planning.prepared import prepared_for
 from trainer_fsdp_patch.testing import forks
@@ -103,4 +104,4 @@ def test_a_run_that_is_not_planned_says_nothing(bench: Bench, tmp_path: Path) ->
     ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**30, "1.0 GiB"), (2**51, "2048.0 TiB")]
 )
 def test_sizes(count: int, text: str) -> None:
-    assert start.size(count) == text
+    assert sizes.size(count) == text

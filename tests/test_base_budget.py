@@ -247,8 +247,8 @@ def test_units_that_stay_gathered_are_all_there_when_the_forward_ends(fsdp: int)
 def test_the_plan_says_what_is_resident_and_what_that_buys() -> None:
     plan = planned("45%", fsdp_version=1)
     assert plan.reasons == (
-        "base_budget 45%: 1 of 3 units stay full on each rank, which costs it 0.1 MiB beyond their shards; "
-        "a step gathers 3 instead of 5 times, and 0.3 of 0.6 MiB",
+        "base_budget 45%: 1 of 3 units stay full on each rank, which costs it 72.2 KiB beyond their shards; "
+        "a step gathers 3 instead of 5 times, and 337.2 KiB of 626.2 KiB",
     )
     assert plan.summary().endswith("; 1 units of the base resident")
     assert any(line.endswith(residence.REASON) for line in plan.costs())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import re
 import shutil
@@ -85,6 +86,45 @@ def test_quantized_sft(tmp_path: Path, method: str, fsdp: int) -> None:
     assert "loss from" in said
     assert differ(tmp_path / "two", tmp_path / "one") < 0.1
     run([sys.executable, "-m", "trainer_fsdp_patch", "verify", "two"], tmp_path)
+
+
+def said(text: str) -> tuple[float, ...]:
+    """The first loss, the last one and the percentage of right answers in an example's last line."""
+    [found] = re.findall(r"loss from ([\d.]+) to ([\d.]+), (\d+)% right", text)
+    return tuple(map(float, found))
+
+
+@pytest.mark.long
+@where("transformers>=5.10.dev0", "torch>=2.6.dev0")
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_seq2seq_t5(tmp_path: Path, method: str) -> None:
+    pytest.importorskip("datasets")
+    words = [str(EXAMPLES / "seq2seq_t5.py"), "--method", method]
+    first, last, right = said(run([sys.executable, *words, "--out", "one"], tmp_path))
+    assert last < first / 2
+    # VeRA begins to be right later.
+    assert right > 0 or method == "vera"
+    for fsdp in ("1", "2"):
+        two = run([sys.executable, *launched(29700), *words, "--fsdp", fsdp, "--out", fsdp], tmp_path)
+        # Rounding may turn one of the 64 answers.
+        assert said(two) == (pytest.approx(first, rel=1e-4), pytest.approx(last, rel=1e-3), pytest.approx(right, abs=3))
+        assert differ(tmp_path / fsdp, tmp_path / "one") < 1e-2
+
+
+@pytest.mark.long
+@where("transformers>=5.10.dev0", "torch>=2.6.dev0")
+def test_seq2seq_t5_with_a_model_and_data_of_the_users(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    rows = [{"source": "x" * place, "target": f"{7 * place:03}"} for place in range(1, 33)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    made = "import seq2seq_t5 as t; t.tiny().save_pretrained('base'); t.ByT5Tokenizer().save_pretrained('base')"
+    run([sys.executable, "-c", made], tmp_path, EXAMPLES)
+    words = [str(EXAMPLES / "seq2seq_t5.py"), "--model", "base", "--data", "rows.jsonl", "--steps", "3"]
+    one = run([sys.executable, *words, "--out", "one"], tmp_path)
+    two = run([sys.executable, *launched(29700), *words, "--out", "two"], tmp_path)
+    assert said(two) == pytest.approx(said(one), rel=1e-4)
+    assert differ(tmp_path / "two", tmp_path / "one") < 1e-3
+    assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
 
 
 @where("transformers>=5.10.dev0", "torch>=2.6.dev0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from cells import METHODS, Bench, Setup, trial
 
-from trainer_fsdp_patch import devices
+from trainer_fsdp_patch import devices, sizes
 from trainer_fsdp_patch.announcing import figures, start
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.planning.prepared import prepared_for
@@ -29,7 +30,7 @@ def held(model: Any) -> int:
     return sum(storages.values())
 
 
-def logged(setup: Setup, base: str, folder: str, method: str, asked: str, reports: bool, rank: int) -> Outcome:
+def logged(setup: Setup, base: str, folder: str, method: str, asked: str, reports: list[str], rank: int) -> Outcome:
     """Train, evaluate, and keep the log's history, what the rank held, and the callbacks that are left."""
     import os
 
@@ -40,7 +41,9 @@ def logged(setup: Setup, base: str, folder: str, method: str, asked: str, report
     os.environ[figures.ENVIRONMENT] = asked
     given = trial.enter(setup, folder, 2, patched=True)
     given.logging_steps = 2
+    given.report_to = reports
     given.logging_dir = os.environ["TENSORBOARD_LOGGING_DIR"] = f"{folder}/board"
+    os.environ.update(WANDB_MODE="offline", WANDB_DIR=folder, WANDB_SILENT="true", WANDB_CONSOLE="off")
     seen: list[int] = []
 
     class Look(TrainerCallback):
@@ -52,14 +55,17 @@ def logged(setup: Setup, base: str, folder: str, method: str, asked: str, report
     torch.manual_seed(0)
     model = METHODS[method](trial.load_base(base, setup))
     rows = trial.dataset(trial.STEPS * trial.BATCH)
-    callbacks = [Look(), *([TensorBoardCallback()] if reports else [])]
-    trainer = Trainer(model=model, args=given, train_dataset=rows, eval_dataset=rows, callbacks=callbacks)
+    trainer = Trainer(model=model, args=given, train_dataset=rows, eval_dataset=rows, callbacks=[Look()])
     before = [type(item).__name__ for item in trainer.callback_handler.callbacks]
     trainer.train()
-    if reports:
-        # It would begin a second file, of the same name within the same second.
-        trainer.remove_callback(TensorBoardCallback)
+    # It would begin a second file, of the same name within the same second.
+    trainer.remove_callback(TensorBoardCallback)
     trainer.evaluate()
+    if "wandb" in reports:
+        # At the end of a process it does so itself; a fork has no such end.
+        import wandb
+
+        wandb.finish()
     history = list(trainer.state.log_history)
     prepared = prepared_for(model)
     plan = None if prepared is None else prepared.plan
@@ -77,9 +83,9 @@ def run(
     method: str = "lora",
     asked: str = "1",
     *,
-    reports: bool = False,
+    reports: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
-    outcomes = forks.launch(logged, setup, bench.base, str(folder), method, asked, reports, ranks=2)
+    outcomes = forks.launch(logged, setup, bench.base, str(folder), method, asked, list(reports), ranks=2)
     for outcome in outcomes:
         assert not outcome.error, outcome.extra.get("traceback", outcome.error)
     return [outcome.extra for outcome in outcomes]
@@ -100,7 +106,7 @@ def test_what_is_logged_is_what_a_rank_holds(bench: Bench, tmp_path: Path, metho
         first, *later = [entry for entry in extra["history"] if "loss" in entry or "train_loss" in entry]
         said = ours(first)
         assert said["held_bytes"] == extra["held"]
-        assert f"a rank holds {start.size(extra['held'])} between steps" in extra["line"]
+        assert f"a rank holds {sizes.size(extra['held'])} between steps" in extra["line"]
         assert (said["gathers_per_micro_batch"], said["gathered_bytes_per_micro_batch"]) == tuple(extra["gathers"])
         assert 0 < said["replicated_adapter_bytes"] < said["held_bytes"]
         assert {type(value) for value in said.values()} == {int}
@@ -179,12 +185,45 @@ def scalars(folder: Path) -> dict[str, float]:
 
 def test_tensorboard_shows_them(bench: Bench, tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX", reason="tensorboardX comes with the extra clients")
-    [first, _] = run(bench, tmp_path, Setup("f2", fsdp=2), reports=True)
+    [first, _] = run(bench, tmp_path, Setup("f2", fsdp=2), reports=("tensorboard",))
     shown = scalars(tmp_path / "board")
     assert {f"train/{PREFIX}{name}": value for name, value in ours(first["history"][1]).items()} == {
         tag: value for tag, value in shown.items() if PREFIX in tag
     }
     assert "train/loss" in shown
+
+
+def entries(file: Path) -> Iterator[dict[str, Any]]:
+    """What a run of wandb has logged: records of its own, in the blocks of LevelDB's log."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, record = file.read_bytes(), 7, b""
+    while place < len(data):
+        room = 32768 - place % 32768
+        if room < 7:
+            place += room
+            continue
+        # A chunk: a checksum, its length, and its kind; 1 and 4 end a record.
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            items = Record.FromString(record).history.item
+            record = b""
+            if items:
+                yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def test_wandb_shows_them(bench: Bench, tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="wandb comes with the extra clients")
+    [first, _] = run(bench, tmp_path, Setup("f2", fsdp=2), reports=("wandb",))
+    # The first rank alone writes one.
+    [file] = tmp_path.rglob("*.wandb")
+    shown = list(entries(file))
+    assert [entry for entry in shown if any(PREFIX in key for key in entry)] == shown[1:2]
+    figures_shown = {key: value for key, value in shown[1].items() if PREFIX in key}
+    assert figures_shown == {f"train/{PREFIX}{name}": value for name, value in ours(first["history"][1]).items()}
+    assert "train/loss" in shown[1]
 
 
 @pytest.mark.parametrize(("given", "answer"), [("", False), ("0", False), ("off", False), ("1", True), ("Yes", True)])

@@ -12,6 +12,7 @@ from faults import FLAVOURS
 from test_plan import llama
 
 import trainer_fsdp_patch
+from trainer_fsdp_patch import sizes
 from trainer_fsdp_patch.measuring import memory
 from trainer_fsdp_patch.measuring.memory import Room
 from trainer_fsdp_patch.planning import expecting
@@ -42,13 +43,13 @@ def test_what_is_left_beside_all_else_is_the_budget(fsdp: int) -> None:
         room = Room(free=least + more + 100 + 50, total=1000, activations=50)
         plan = budget_of(room, fsdp_version=fsdp)
         assert sum("layers" in home for home, _ in plan.resident) == layers
-        assert plan.reasons[0].startswith(f"base_budget auto ({more / 2**20:.1f} MiB): ")
+        assert plan.reasons[0].startswith(f"base_budget auto ({sizes.size(more)}): ")
 
 
 def test_no_room_is_no_budget() -> None:
     plan = budget_of(Room(free=0, total=0, activations=0))
     assert plan.resident == ()
-    assert "auto (0.0 MiB): 0 of 5 units" in plan.reasons[0]
+    assert "auto (0 B): 0 of 5 units" in plan.reasons[0]
 
 
 def test_where_gathers_are_not_known_all_of_the_base_counts() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import trainer_fsdp_patch
+from trainer_fsdp_patch import sizes
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.names import canonical
 
@@ -56,7 +57,7 @@ def test_vera_in_detail() -> None:
     assert (projection.kind, projection.role, len(projection.names)) == ("buffer", "projection", 1)
     assert found["base_model.model.model.layers.1.self_attn.q_proj.vera_lambda_b.default"].role == "adapter"
     assert plan.use_orig_params is None
-    assert plan.summary() == "shard 0.3 MiB (21 base); replicate 0.0 MiB (8 adapter, 2 base, 2 projection)"
+    assert plan.summary() == "shard 337.2 KiB (21 base); replicate 5.2 KiB (8 adapter, 2 base, 2 projection)"
 
 
 def test_a_plan_is_printed_in_a_few_lines() -> None:
@@ -64,7 +65,7 @@ def test_a_plan_is_printed_in_a_few_lines() -> None:
     text = str(plan).splitlines()
     assert text[0] == f"FSDP2 on 2 ranks: {plan.summary()}."
     assert re.fullmatch(
-        r"0\.\d MiB of parameters on each rank between steps, and at most 0\.\d MiB of gathered units\.", text[1]
+        r"\d+\.\d KiB of parameters on each rank between steps, and at most \d+\.\d KiB of gathered units\.", text[1]
     )
     assert text[2].startswith(f"{plan.traffic[0]} gathers in forward and backward, of ")
     assert repr(plan) == f"<Plan for FSDP2: {plan.summary()}>"
@@ -81,9 +82,9 @@ def test_a_plan_of_units_by_size_says_nothing_of_gathers() -> None:
 def test_what_of_the_base_stays_whole_is_said_with_its_bytes() -> None:
     plan = trainer_fsdp_patch.plan(METHODS["lora_replicated"](llama()))
     [cost] = plan.costs()
-    assert cost.startswith(
-        f"{plan.nbytes('replicate', 'base') / 2**20:.1f} MiB of the base full on each rank: shared by 2"
-    )
+    tensors = [item.tensor for item in plan.placements if item.placement == "replicate"]
+    taken = sum(item.nbytes for item in tensors if item.role == "base" and item.kind == "parameter")
+    assert cost.startswith(f"{sizes.size(taken)} of the base full on each rank: shared by 2")
     assert trainer_fsdp_patch.plan(METHODS["lora"](llama())).costs() == []
 
 

@@ -12,11 +12,13 @@ import trainer_fsdp_patch
 
 PACKAGE = Path(trainer_fsdp_patch.__file__).parent
 ROOMS = (
+    "reporting",
     "commands",
     "checking",
     "testing",
     "preparing",
     "announcing",
+    "estimating",
     "adapting",
     "training",
     "resuming",
@@ -38,6 +40,8 @@ TAGS = {
     "adapting/residents.py": ["torch 2.8"],
     "casts.py": ["torch 2.4"],
     "devices.py": ["torch 2.6", "torch 2.6", "torch 2.5"],
+    "estimating/activations.py": ["transformers 5.23"],
+    "estimating/building.py": ["transformers 5.0"],
     "files/reading.py": ["torch 2.3"],
     "inspecting/inventory.py": ["torch 2.5"],
     "inspecting/tuning.py": ["peft 0.15"],
@@ -47,6 +51,7 @@ TAGS = {
     "preparing/fsdp2.py": ["torch 2.7"],
     "preparing/fsdp_plugin.py": ["accelerate 1.0", "accelerate 1.0"],
     "preparing/layers.py": ["peft 0.20"],
+    "reporting/fitting.py": ["transformers 5.10"],
     "resuming/optimizer_state.py": ["accelerate 1.7"],
     "resuming/resume.py": ["accelerate 1.7", "accelerate 1.9"],
     "saving/gathering.py": ["torch 2.7"],

@@ -12,6 +12,7 @@ from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.checking import options
 from trainer_fsdp_patch.commands import launching, parsing, saved, states
 from trainer_fsdp_patch.errors import TrainerFsdpPatchError, message
+from trainer_fsdp_patch.reporting import options as reporting
 
 SEAMS = "for maintainers: what moved since the newest tested releases"
 INTERRUPTED = 130
@@ -31,6 +32,12 @@ def _check(given: argparse.Namespace) -> int:
     from trainer_fsdp_patch.checking import run
 
     return run.run(options.read(given))
+
+
+def _plan(given: argparse.Namespace) -> int:
+    from trainer_fsdp_patch.reporting import run
+
+    return run.run(given)
 
 
 def _seams(given: argparse.Namespace) -> int:
@@ -57,6 +64,7 @@ def _add_seams(parser: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "run": Command(launching.HELP, launching.add_arguments, launching.run),
     "check": Command(options.HELP, options.add_arguments, _check, needs_targets=True),
+    "plan": Command(reporting.HELP, reporting.add_arguments, _plan, needs_targets=True),
     "status": Command(states.HELP, states.add_arguments, states.run),
     "verify": Command(saved.VERIFY, saved.add_verify, saved.verify),
     "repair": Command(saved.REPAIR, saved.add_repair, saved.repair),

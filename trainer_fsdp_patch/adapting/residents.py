@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from trainer_fsdp_patch.measuring import footprint, memory
 from trainer_fsdp_patch.planning import residence
 from trainer_fsdp_patch.ranks import collectives
+from trainer_fsdp_patch.sizes import size
 
 if TYPE_CHECKING:
     import torch
@@ -80,8 +81,8 @@ class Residents:
         self.kept += more
         if collectives.is_main():
             logger.info(
-                "base_budget auto: %d more units stay gathered after step %d, %.1f of %.1f MiB that were left.",
-                len(more), self.steps, sum(map(cost, more)) / 2**20, spare / 2**20,
+                "base_budget auto: %d more units stay gathered after step %d, %s of %s that were left.",
+                len(more), self.steps, size(sum(map(cost, more))), size(spare),
             )  # fmt: skip
 
     def _give_up(self, wanted: int) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.announcing import figures
 from trainer_fsdp_patch.planning.plan import REPLICATE, SHARD, Plan
+from trainer_fsdp_patch.sizes import size
 
 if TYPE_CHECKING:
     from trainer_fsdp_patch.planning.prepared import Prepared
@@ -52,17 +53,3 @@ def line(plan: Plan) -> str:
         times, gathered = plan.traffic
         said.append(f"forward and backward gather {times} units, {size(gathered)}")
     return "; ".join(said)
-
-
-def size(count: int) -> str:
-    """Bytes as a reader wants them, such as "1.5 GiB".
-
-    Args:
-        count: bytes.
-    """
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

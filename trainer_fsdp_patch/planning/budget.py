@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, QUANTIZED, TensorInfo
 from trainer_fsdp_patch.planning import residence
+from trainer_fsdp_patch.sizes import size
 
 PLACEMENTS = ("auto", "replicate", "shard")
 FLOOR = 2**30
@@ -78,10 +80,7 @@ def _refuse(setting: str, value: object, remedy: str) -> None:
 
 def cost(tensor: TensorInfo) -> int:
     """Bytes that a replicated trainable tensor costs each rank: itself, its gradient and its optimizer state."""
-    elements = 1
-    for size in tensor.shape:
-        elements *= size
-    return 2 * tensor.nbytes + _STATE * elements
+    return 2 * tensor.nbytes + _STATE * math.prod(tensor.shape)
 
 
 def choose_sharded(
@@ -110,10 +109,10 @@ def choose_sharded(
         if asked.adapter_placement == "auto" and left <= budget:
             break
         left -= cost(tensor)
-        chosen[tensor.name] = f"trainable: sharded, for replicas would cost each rank {cost(tensor) / 2**20:.1f} MiB"
+        chosen[tensor.name] = f"trainable: sharded, for replicas would cost each rank {size(cost(tensor))}"
     kept = [tensor for tensor in trained if tensor.name not in chosen]
     why = next((f", such as {item.name}: {barred[item.name]}" for item in kept if item.name in barred), "")
-    rest = f"the others cost each rank {left / 2**20:.1f} MiB"
+    rest = f"the others cost each rank {size(left)}"
     text = f"{len(chosen)} of {len(trained)} trainable tensors are sharded, {rest}"
     return chosen, (text + why,)
 

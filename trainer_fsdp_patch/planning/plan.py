@@ -23,6 +23,7 @@ from trainer_fsdp_patch.inspecting.tuning import copied_modules, of_class
 from trainer_fsdp_patch.inspecting.walk import Walk
 from trainer_fsdp_patch.packing import planned
 from trainer_fsdp_patch.planning import budget, dtypes, expecting, residence
+from trainer_fsdp_patch.sizes import size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,7 +109,7 @@ class Plan:
         )
 
     def costs(self) -> list[str]:
-        """For each reason to replicate base parameters, the MiB that this costs each rank."""
+        """For each reason to replicate base parameters, the bytes that this costs each rank."""
         costs: Counter[str] = Counter()
         for item in self.placements:
             if (
@@ -117,7 +118,7 @@ class Plan:
                 and item.tensor.kind == "parameter"
             ):
                 costs[item.reason] += item.tensor.nbytes
-        return [f"{size / 2**20:.1f} MiB of the base full on each rank: {why}" for why, size in costs.most_common()]
+        return [f"{size(taken)} of the base full on each rank: {why}" for why, taken in costs.most_common()]
 
     def __repr__(self) -> str:
         return f"<Plan for FSDP{self.fsdp_version}: {self.summary()}>"
@@ -125,20 +126,20 @@ class Plan:
     def __str__(self) -> str:
         taken = expecting.footprint(self, self.ranks)
         lines = [f"FSDP{self.fsdp_version} on {self.ranks} ranks: {self.summary()}"]
-        lines += [f"{taken.rest / 2**20:.1f} MiB of parameters on each rank between steps"]
+        lines += [f"{size(taken.rest)} of parameters on each rank between steps"]
         if self.traffic is not None and taken.gathered is not None:
-            lines[-1] += f", and at most {taken.gathered / 2**20:.1f} MiB of gathered units"
-            lines += [f"{self.traffic[0]} gathers in forward and backward, of {self.traffic[1] / 2**20:.1f} MiB"]
+            lines[-1] += f", and at most {size(taken.gathered)} of gathered units"
+            lines += [f"{self.traffic[0]} gathers in forward and backward, of {size(self.traffic[1])}"]
         return "\n".join(f"{line}." for line in [*lines, *self.reasons, *self.costs()][:10])
 
     def summary(self) -> str:
-        """One line: how many tensors and MiB are sharded and replicated, by role."""
+        """One line: how many tensors and bytes are sharded and replicated, by role."""
         parts = []
         for placement in (SHARD, REPLICATE):
             kept = [item for item in self.placements if item.placement == placement]
             roles = Counter(item.tensor.role for item in kept)
             detail = ", ".join(f"{count} {role}" for role, count in sorted(roles.items()))
-            parts.append(f"{placement} {self.nbytes(placement) / 2**20:.1f} MiB ({detail or 'nothing'})")
+            parts.append(f"{placement} {size(self.nbytes(placement))} ({detail or 'nothing'})")
         if self.resident:
             parts.append(f"{len(self.resident)} units of the base resident")
         return "; ".join(parts)

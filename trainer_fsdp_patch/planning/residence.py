@@ -12,6 +12,7 @@ from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, QUANTIZED, TensorInfo
 from trainer_fsdp_patch.measuring import memory
 from trainer_fsdp_patch.planning import expecting
+from trainer_fsdp_patch.sizes import size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -148,7 +149,7 @@ def budgeted(
     text = str(wanted)
     if wanted == AUTO:
         wanted = automatic(plan, room or memory.room(base.model), ranks)
-        text += f" ({wanted / 2**20:.1f} MiB)"
+        text += f" ({size(wanted)})"
     sharded = {item.tensor.name: item.tensor for item in plan.placements if item.placement == SHARD}
     sharded = {name: tensor for name, tensor in sharded.items() if tensor.kind == "parameter"}
     frozen = {name: tensor for name, tensor in sharded.items() if tensor.role in (BASE, QUANTIZED)}
@@ -169,9 +170,9 @@ def budgeted(
         left = [name for name in sharded if name not in full]
         units = base.units(left, plan.fsdp_version)
     kept = dataclasses.replace(plan, placements=tuple(placements), units=units, resident=resident)
-    cost = sum(costs[home] for home in chosen) / 2**20
+    cost = sum(costs[home] for home in chosen)
     head = f"base_budget {text}: {len(chosen)} of {len(costs)} units stay full on each rank"
-    text = f"{head}, which costs it {cost:.1f} MiB beyond their shards"
+    text = f"{head}, which costs it {size(cost)} beyond their shards"
     twice = expecting.gathered_twice(base.model, base.walked, base.layers, plan.fsdp_version)
     return _with(kept, text + _bought(plan, kept, twice, ranks, gathers))
 
@@ -213,7 +214,7 @@ def _bought(before: Plan, after: Plan, twice: set[str], ranks: int, gathers: int
     if before.units is None or after.units is None:
         return ""
     (most, many), (fewest, few) = (expecting.traffic(plan, twice, ranks, gathers) for plan in (before, after))
-    return f"; a step gathers {fewest} instead of {most} times, and {few / 2**20:.1f} of {many / 2**20:.1f} MiB"
+    return f"; a step gathers {fewest} instead of {most} times, and {size(few)} of {size(many)}"
 
 
 def _choose(costs: dict[str, int], layers: list[str], budget: int) -> list[str]:
