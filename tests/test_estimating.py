@@ -18,7 +18,7 @@ import yaml
 from cells import Bench, Setup
 from conftest import ROOT
 
-from trainer_fsdp_patch import cli, versions
+from trainer_fsdp_patch import cli, support, versions
 from trainer_fsdp_patch.estimating import activations, building, estimate, settings
 from trainer_fsdp_patch.measuring import memory
 from trainer_fsdp_patch.planning.plan import make_plan
@@ -28,7 +28,7 @@ from trainer_fsdp_patch.reporting.options import NOTHING_FITS, Asked
 from trainer_fsdp_patch.testing import case, forks, releases, trial
 
 BATCH = activations.Batch(estimates.ROWS, estimates.LENGTH)
-ONE_OF_EACH = [
+_EACH = [
     ("Llama", "lora", "no", False),
     ("Mistral", "vera", "bf16", False),
     ("GPT-2", "lora", "bf16", True),
@@ -36,7 +36,15 @@ ONE_OF_EACH = [
     ("BERT", "vera", "no", True),
     ("Qwen3-MoE", "lora", "bf16", False),
 ]
-FSDP2 = pytest.mark.skipif(not releases.at_least("torch", "2.6.0"), reason="FSDP2 takes torch 2.6")
+ONE_OF_EACH = [given for given in _EACH if given[0] in estimates.configurations()]
+RECORDED = all(getattr(versions.installed(name), "public", "") == version for name, version in support.PINNED.items())
+HAS_FSDP2 = settings.newest() == 2
+FSDP2 = pytest.mark.skipif(not HAS_FSDP2, reason="the installed releases have no FSDP2")
+
+
+def _skip_without_bitsandbytes() -> None:
+    if not releases.has_bitsandbytes():
+        pytest.skip("the installed releases load no packed weights here")
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +112,7 @@ def test_passes_rise_by_themselves() -> None:
     assert full.forward > full.backward
 
 
+@pytest.mark.skipif(not versions.at_least("transformers", "5.0.0"), reason="layers read what this takes from them")
 def test_layers_that_differ_are_not_folded_into_each_other() -> None:
     """The last five layers attend to 16 tokens only, by a list of the configuration that no layer has."""
     config = estimates.configurations()["Qwen2"]
@@ -125,7 +134,7 @@ def test_layers_that_differ_are_not_folded_into_each_other() -> None:
 @pytest.mark.parametrize("quantize", [None, "4bit", "8bit"])
 @pytest.mark.parametrize("fsdp", [1, pytest.param(2, marks=FSDP2)])
 def test_the_plan_of_a_configuration_is_that_of_the_loaded_model(model: str, fsdp: int, quantize: str | None) -> None:
-    pytest.importorskip("bitsandbytes") if quantize else None
+    _skip_without_bitsandbytes() if quantize else None
     storage = {None: "", "4bit": "uint8", "8bit": "8bit"}[quantize]
     built, _ = building.model(building.configuration(model), "fp32", quantize, "lora")
     found = forked(loaded_plan, model, storage, fsdp)
@@ -201,9 +210,9 @@ LONG = [
 def test_two_ranks_hold_what_the_estimate_says(bench: Bench, tmp_path: Path, setup: Setup, method: str) -> None:
     import trainer_fsdp_patch
 
-    if setup.fsdp == 2 and not releases.at_least("torch", "2.6.0"):
-        pytest.skip("FSDP2 takes torch 2.6")
-    pytest.importorskip("bitsandbytes") if setup.storage else None
+    if setup.fsdp == 2 and not releases.has_fsdp2():
+        pytest.skip("the installed releases train no FSDP2 on a CPU")
+    _skip_without_bitsandbytes() if setup.storage else None
     quantize = {"": None, "uint8": "4bit", "8bit": "8bit"}[setup.storage]
     trainer_fsdp_patch.patch(adapter_placement=setup.placement)
     asked = Asked(bench.base, method, str(setup.fsdp), 2, quantize=quantize, dtype="fp32", length=trial.LENGTH)
@@ -474,7 +483,7 @@ def test_the_text_folds_layers_and_gives_reasons(model: str, capsys: pytest.Capt
 
 
 def test_quantized_bases_are_sharded_as_patched_runs_shard_them(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("bitsandbytes")
+    _skip_without_bitsandbytes()
     given = (model, "--ranks", "2", "--dtype", "bf16", "--length", "48")
     [plain, packed] = (as_json(capsys, *given, *more)[1] for more in ((), ("--quantize", "4bit")))
     layers = [unit for unit in packed["units"] if "layers" in unit["name"]]
@@ -502,7 +511,7 @@ def test_a_model_that_needs_data_is_planned_without_activations(
     ("text", "expected"),
     [
         ('{"version": 2, "reshard_after_forward": false}', settings.Fsdp(2, gathers=1)),
-        ('{"activation_checkpointing": true}', settings.Fsdp(2, checkpointing=True)),
+        ('{"version": 2, "activation_checkpointing": true}', settings.Fsdp(2, checkpointing=True)),
         (
             '{"version": 1, "use_orig_params": "false", "backward_prefetch": "backward_pre"}',
             settings.Fsdp(1, use_orig_params=False, prefetched=True),
@@ -540,14 +549,15 @@ def test_numbers_that_follow_each_other_are_one_range() -> None:
 
 @pytest.mark.parametrize("case", ONE_OF_EACH[:3], ids=lambda case: f"{case[0]} {case[1]}")
 def test_the_page_has_what_the_program_prints(case: tuple[str, str, str, bool]) -> None:
-    if any(map(versions.newer_than_tested, ("torch", "transformers", "accelerate", "peft"))):
-        pytest.skip("the record is that of the newest tested releases")
+    if not RECORDED:
+        pytest.skip("the record is that of the pinned releases")
     row = "| " + " | ".join(estimates.row(*case, estimates.Measured(*forked(estimates.measure, *case)))) + " |"
     assert row in (ROOT / "docs" / "plan.md").read_text()
 
 
+@pytest.mark.skipif(not RECORDED, reason="older releases have fewer models")
 def test_the_page_has_every_case() -> None:
     text = (ROOT / "docs" / "plan.md").read_text()
     margins = [float(found) for found in re.findall(r"([+-]\d+\.\d)% \|$", text, re.MULTILINE)]
     assert len(margins) == len(list(estimates.cases()))
-    assert f"from {min(margins):.1f} to +{max(margins):.1f} %" in text
+    assert f"off by {min(margins):.1f} to +{max(margins):.1f} %" in text

@@ -40,7 +40,15 @@ def quantized(model: nn.Module, kind: str) -> nn.Module:
     config = BitsAndBytesConfig(**given)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     with torch.device("meta"):
-        quantizer.preprocess_model(model, device_map={"": "cpu"})
+        try:
+            quantizer.preprocess_model(model, device_map={"": "cpu"})
+        except NameError:
+            # until transformers 4.46
+            # Its module of bitsandbytes imports nothing without an accelerator.
+            found = "the installed transformers builds quantized layers next to an accelerator alone"
+            raise PlanError(
+                "--quantize", found, "No plan was made", "Plan where one is", setting="--quantize"
+            ) from None
         for module in model.modules():
             if type(module).__name__ == "Linear4bit":
                 _fill_4bit(module)

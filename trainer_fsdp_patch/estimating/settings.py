@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.errors import PlanError
 
 _ALIASES = {"version": "fsdp_version", "transformer_layer_cls_to_wrap": "transformer_cls_names_to_wrap"}
 _ALIASES |= {"offload_params": "cpu_offload"}
 _OTHERS = {"xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt", "xla_fsdp_settings"}
+_OWN = {"fsdp_version", "transformer_cls_names_to_wrap", "activation_checkpointing"}
+"""Settings of the Trainer that no old accelerate has in its plugin."""
 _ONCE = ("GRAD_OP", "ZERO2", "2", "5")
 """Of sharding strategies, those with which a layer stays gathered until its backward pass, and their numbers."""
 _NO_SHARD = ("NO_SHARD", "3")
@@ -47,18 +50,25 @@ class Fsdp:
     ranks: int | None = None
 
 
-def read(text: str) -> Fsdp:
+def newest() -> int:
+    """The newest version of FSDP that the Trainer has in the installed releases."""
+    # until transformers 4.51
+    # until accelerate 1.6
+    return 2 if versions.at_least("transformers", "4.51.0") and versions.at_least("accelerate", "1.6.0") else 1
+
+
+def read(text: str | None) -> Fsdp:
     """FSDP's settings.
 
     Args:
         text: 1 or 2, for the Trainer's defaults, or a path: the YAML that `accelerate config` writes, or the Trainer's
-            fsdp_config as JSON.
+            fsdp_config as JSON. None is the newest version.
 
     Raises:
         PlanError: it is none of these, or its settings contradict each other.
     """
-    if text in ("1", "2"):
-        return Fsdp(int(text))
+    if text is None or text in ("1", "2"):
+        return Fsdp(_installed(int(text or newest())))
     path = Path(text)
     if not path.is_file():
         _refuse("--fsdp", f"no file {text}", "Give 1, 2, a YAML of `accelerate config` or a JSON of fsdp_config")
@@ -76,7 +86,17 @@ def read(text: str) -> Fsdp:
         _refuse(text, f"it is no YAML: {' '.join(str(error).split())}", "Run `accelerate config` again")
     if not isinstance(found, dict):
         _refuse(text, "it holds no settings", "Run `accelerate config` again")
-    return _accelerate(found) if "fsdp_config" in found or "distributed_type" in found else _of(found, 2)
+    if "fsdp_config" in found or "distributed_type" in found:
+        return _accelerate(found)
+    # until transformers 5.10
+    return _of(found, 2 if versions.at_least("transformers", "5.10.0") else 1)
+
+
+def _installed(version: int) -> int:
+    if version > newest():
+        found = f"{version}, which the installed transformers and accelerate do not have"
+        _refuse("fsdp_version", found, "Use 1, or install releases that have it")
+    return version
 
 
 def _accelerate(found: dict[str, Any]) -> Fsdp:
@@ -108,7 +128,7 @@ def _of(given: dict[str, Any], version: int) -> Fsdp:
     made = values["fsdp_version"]
     if str(made) not in ("1", "2"):
         _refuse("fsdp_version", repr(made), "Use 1 or 2")
-    version = int(made)
+    version = _installed(int(made))
     if _flag(values, "cpu_offload"):
         _refuse("cpu_offload", "shards in main memory are not estimated", "Leave it out, and look at what is missing")
     strategy = _strategy(values, version)
@@ -131,7 +151,7 @@ def _of(given: dict[str, Any], version: int) -> Fsdp:
 def _known(values: dict[str, Any]) -> None:
     from accelerate import FullyShardedDataParallelPlugin
 
-    known = {item.name for item in dataclasses.fields(FullyShardedDataParallelPlugin)} | _OTHERS
+    known = {item.name for item in dataclasses.fields(FullyShardedDataParallelPlugin)} | _OTHERS | _OWN
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), 1)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from trainer_fsdp_patch import versions
+from trainer_fsdp_patch.estimating import settings
 from trainer_fsdp_patch.estimating.estimate import Estimate
 from trainer_fsdp_patch.measuring import memory
 from trainer_fsdp_patch.reporting.making import Maker
@@ -70,7 +71,8 @@ def _tried(maker: Maker) -> Iterator[Estimate]:
     rows = [count for count in range(maker.asked.rows, 0, -1) if maker.asked.rows % count == 0]
     first = maker.fsdp.version
     # A file with classes or flags of its own stands for its version.
-    versions_tried = (first, 3 - first) if maker.asked.fsdp in ("1", "2") else (first,)
+    both = maker.asked.fsdp in (None, "1", "2") and settings.newest() == 2
+    versions_tried = (first, 3 - first) if both else (first,)
     for version in versions_tried:
         plan = maker.plan(version)
         for count in rows:
@@ -172,6 +174,8 @@ def yaml(maker: Maker, found: Estimate, budget: str = "") -> str:
     """
     plan = found.plan
     after = {1: "FULL_SHARD", 2: "true"} if maker.fsdp.gathers == 2 else {1: "SHARD_GRAD_OP", 2: "false"}
+    # until accelerate 1.6
+    strategy = "reshard_after_forward" if versions.at_least("accelerate", "1.6.0") else "sharding_strategy"
     lines = [
         "distributed_type: FSDP",
         f"mixed_precision: '{maker.asked.mixed_precision}'",
@@ -179,7 +183,7 @@ def yaml(maker: Maker, found: Estimate, budget: str = "") -> str:
         "fsdp_config:",
         f"  fsdp_version: {plan.fsdp_version}",
         "  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP",
-        f"  fsdp_reshard_after_forward: {after[plan.fsdp_version]}",
+        f"  fsdp_{strategy}: {after[plan.fsdp_version]}",
         f"  fsdp_activation_checkpointing: {str(found.checkpointing).lower()}",
     ]
     if maker.fsdp.units:

@@ -39,7 +39,7 @@ class Asked:
     Attributes:
         model: folder, file or name of the base's configuration.
         peft: file of the adapter's, or a method.
-        fsdp: 1, 2 or a file.
+        fsdp: 1, 2 or a file, or None for the newest that the installed releases have.
         ranks: number of ranks, or None for what the file says.
         memory: bytes of a rank's device, or None.
         rows: of a rank's micro-batch; length: tokens of a row, or None for the model's own.
@@ -52,7 +52,7 @@ class Asked:
 
     model: str
     peft: str
-    fsdp: str = "2"
+    fsdp: str | None = None
     ranks: int | None = None
     memory: int | None = None
     rows: int = 1
@@ -76,7 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder with a config.json, such a file, or a name of the hub")
     add("--peft", metavar="CONFIG", default="lora", help="adapter_config.json or its folder, or lora or vera (lora)")
-    add("--fsdp", metavar="FILE", default="2", help="1, 2, accelerate's YAML or the Trainer's fsdp_config as JSON (2)")
+    add(
+        "--fsdp",
+        metavar="FILE",
+        help="1, 2, accelerate's YAML or the Trainer's fsdp_config as JSON (2, or 1 without FSDP2)",
+    )
     add("--ranks", metavar="N", help="number of ranks (that of the YAML, or 8)")
     add("--memory", metavar="SIZE", help='of each device, such as "24GiB": what fits it?')
     add("--batch", metavar="ROWS", default="1", help="per_device_train_batch_size (1)")

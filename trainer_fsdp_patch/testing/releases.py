@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch import devices, versions
+from trainer_fsdp_patch.estimating import settings
 from trainer_fsdp_patch.versions import at_least
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def has_fsdp2() -> bool:
     FSDP2 on CPU ranks needs a torch whose CPU stream records events.
     """
     device = devices.kind() != "cpu" or at_least("torch", "2.9.0")
-    return at_least("transformers", "4.51.0") and at_least("accelerate", "1.6.0") and device
+    return settings.newest() == 2 and device
 
 
 def has_bitsandbytes() -> bool:
