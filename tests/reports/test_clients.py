@@ -79,13 +79,8 @@ def fresh(scene: Scene, kind: Any, given: Any, model: Any = None, config: Any = 
     import torch
 
     torch.manual_seed(0)
-    trainer = kind(
-        model=model or scene.load(),
-        args=given,
-        processing_class=tokenizer(),
-        peft_config=config or lora(),
-        **keywords,
-    )
+    keywords = {"processing_class": tokenizer(), **keywords}
+    trainer = kind(model=model or scene.load(), args=given, peft_config=config or lora(), **keywords)
     trial.nudge(trainer.model)
     return finished(scene, trainer)
 
@@ -116,6 +111,29 @@ def sft_of_completions(scene: Scene) -> Found:
     data = Dataset.from_dict({"prompt": texts(1, 3, 6), "completion": [f" {text}" for text in texts(2, 2, 8)]})
     given = arguments(scene, SFTConfig, max_length=16, completion_only_loss=True)
     return fresh(scene, SFTTrainer, given, train_dataset=data)
+
+
+CHAT = """{%- for message in messages %}
+{%- if message.role == "assistant" %}{% generation %}{{ message.content + " </s>" }}{% endgeneration %}
+{%- else %}{{ "<s> " + message.content + " " }}{%- endif %}
+{%- endfor %}"""
+
+
+def sft_of_assistants(scene: Scene) -> Found:
+    """The loss is that of what assistants say, in one turn or in two, as the chat template marks it."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    words = tokenizer()
+    words.chat_template = CHAT
+    turns = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        for asked, answer in zip(texts(1, 2, 6), texts(2, 2, 8), strict=True)
+    ]
+    # The number of tokens in the loss differs from row to row, and so from rank to rank.
+    data = Dataset.from_dict({"messages": [turn * (1 + place % 3 // 2) for place, turn in enumerate(turns)]})
+    given = arguments(scene, SFTConfig, max_length=32, assistant_only_loss=True)
+    return fresh(scene, SFTTrainer, given, train_dataset=data, processing_class=words)
 
 
 def translation(scene: Scene) -> Found:
@@ -384,6 +402,15 @@ CASES = [
         grpo,
         stock={"FSDP1": cases.EMPTY},
         missing=TRL,
+    ),
+    Case(
+        "TRL: SFTTrainer of assistants",
+        "https://github.com/huggingface/trl/pull/3586",
+        "`assistant_only_loss=True`, with a chat template that marks what the assistant says.",
+        sft_of_assistants,
+        stock={"FSDP1": cases.EMPTY},
+        missing=TRL,
+        always=False,
     ),
     Case(
         "sentence-transformers: LoRA",
