@@ -25,6 +25,8 @@ PAGES = {
 """Pages whose text lies outside of docs/, by their paths in the repository."""
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"^(```+).*?^\1$", re.MULTILINE | re.DOTALL)
+SHORT = re.compile(r"<td>(?=[^<]{1,16}</td>)")
+PAIR = re.compile(r"<td>(?=[^<]{1,12}\N{RIGHTWARDS ARROW}[^<]{1,16}</td>)")
 COMMANDS = "<!-- command line -->"
 SOURCE = """---
 search:
@@ -81,12 +83,17 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 
 
 def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
-    """Give a page without sections, which are tables, the width of the table of contents; home has no neighbours."""
+    """Give a page without sections, which are tables, the width of the table of contents; home has no neighbours.
+
+    Short cells of tables, and pairs of numbers, are marked: they are easier to read in one line.
+    """
     if not any(entry.children for entry in page.toc):
         page.meta.setdefault("hide", []).append("toc")
     if page.file.src_uri in (PAGES["README.md"], PAGES["README.zh-CN.md"]):
         page.meta.setdefault("hide", []).append("navigation")
-    return html
+    html = SHORT.sub('<td class="short">', PAIR.sub('<td class="pair">', html))
+    # Browsers choose other glyphs for Japanese, and read with other voices.
+    return f'<div lang="zh-CN">{html}</div>' if page.file.src_uri.startswith("zh/") else html
 
 
 def _linked(page: str, text: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parent.parent / name) for name in ("matrix", "helpers")]
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+# Kernels of CPUs take a buffer for each thread, which the real peak has in it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
