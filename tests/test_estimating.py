@@ -112,6 +112,21 @@ def test_passes_rise_by_themselves() -> None:
     assert full.forward > full.backward
 
 
+def test_no_guard_of_a_device_that_is_not_there_is_put_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds for CUDA would start threads for it in the next backward pass. Ranks that are forked then run none."""
+    import torch
+
+    asked: list[bool] = []
+    monkeypatch.setattr(torch._C, "_ensureCUDADeviceGuardSet", lambda: asked.append(True), raising=False)
+    config = estimates.configurations()["Llama"]
+    with making.quiet():
+        model = building.adapted(building.base(config, "fp32"), building.adapter("lora"))
+        plan = make_plan(model, ranks=2)
+        activations.measure(model, plan, BATCH, checkpointing=False)
+        estimate.optimizer_bytes(plan, "adamw_torch")
+    assert asked == []
+
+
 @pytest.mark.skipif(not versions.at_least("transformers", "5.0.0"), reason="layers read what this takes from them")
 def test_layers_that_differ_are_not_folded_into_each_other() -> None:
     """The last five layers attend to 16 tokens only, by a list of the configuration that no layer has."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer_fsdp_patch import casts
+from trainer_fsdp_patch.estimating.fakes import fake_tensors
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning.plan import SHARD, Plan
 from trainer_fsdp_patch.shadowing import shadowed
@@ -196,11 +197,10 @@ def _casting(model: nn.Module) -> Iterator[None]:
 
 def _run(model: nn.Module, plan: Plan, batch: Batch) -> Activations:
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     was_training = model.training
     model.train()
-    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
+    with fake_tensors(allow_real=True), contextlib.ExitStack() as stack:
         for owner, replaced in _as_with_data():
             stack.enter_context(shadowed(owner, **replaced))
         counting, count = _counting()

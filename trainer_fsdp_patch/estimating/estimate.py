@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.estimating.activations import Activations
+from trainer_fsdp_patch.estimating.fakes import fake_tensors
 from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED
 from trainer_fsdp_patch.planning import expecting
 from trainer_fsdp_patch.planning.plan import REPLICATE, SHARD, Plan
@@ -146,9 +147,8 @@ def _optimizer(name: str) -> tuple[Any, dict[str, Any]]:
 
 def _states(kind: Any, settings: dict[str, Any], shape: tuple[int, ...], dtype: str) -> int:
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
+    with fake_tensors():
         made = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
         parameter = torch.nn.Parameter(made)
         parameter.grad = torch.empty_like(parameter)
