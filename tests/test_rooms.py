@@ -50,6 +50,7 @@ TAGS = {
     "inspecting/sharing.py": ["accelerate 1.6"],
     "packing/planned.py": ["torch 2.8"],
     "planning/budget.py": ["accelerate 1.15", "torch 2.13"],
+    "planning/expecting.py": ["accelerate 1.15"],
     "preparing/fsdp2.py": ["torch 2.7"],
     "preparing/fsdp_plugin.py": ["accelerate 1.0", "accelerate 1.0"],
     "preparing/layers.py": ["peft 0.20"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.bits import SIZES
 from trainer_fsdp_patch.inspecting.inventory import BASE, QUANTIZED, TensorInfo
 from trainer_fsdp_patch.inspecting.units import parts
@@ -145,9 +146,14 @@ def gathered_twice(model: nn.Module, walked: Walk, layers: Collection[str], fsdp
         layers: names of the modules that become units by class.
         fsdp_version: 1 or 2.
     """
+    from accelerate.utils import fsdp_utils
+
     embeddings = getattr(model, "get_input_embeddings", lambda: None)() if fsdp_version == 2 else None
-    place = walked.places.get(id(embeddings))
-    return {*layers} if place is None else {*layers, walked.names[place]}
+    named = [walked.names[walked.places[id(embeddings)]]] if id(embeddings) in walked.places else []
+    # until accelerate 1.15
+    # From torch 2.8 on the root is freed as a layer is.
+    freed = fsdp_version == 2 and not hasattr(fsdp_utils, "_find_final_norm") and versions.at_least("torch", "2.8.0")
+    return {*layers, *named, *([""] if freed else [])}
 
 
 def traffic(plan: Plan, twice: Collection[str], ranks: int, gathers: int) -> tuple[int, int]:

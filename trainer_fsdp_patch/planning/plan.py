@@ -112,12 +112,9 @@ class Plan:
         """For each reason to replicate base parameters, the bytes that this costs each rank."""
         costs: Counter[str] = Counter()
         for item in self.placements:
-            if (
-                item.placement == REPLICATE
-                and item.tensor.role in (BASE, QUANTIZED)
-                and item.tensor.kind == "parameter"
-            ):
-                costs[item.reason] += item.tensor.nbytes
+            tensor = item.tensor
+            if item.placement == REPLICATE and tensor.role in (BASE, QUANTIZED) and tensor.kind == "parameter":
+                costs[item.reason] += tensor.nbytes
         return [f"{size(taken)} of the base full on each rank: {why}" for why, taken in costs.most_common()]
 
     def __repr__(self) -> str:
