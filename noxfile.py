@@ -88,7 +88,8 @@ def newest(session: nox.Session) -> None:
     rest = [argument for argument in session.posargs if argument not in (*pre, *pins)]
     packages = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
     free = [package for package in packages if not any(pin.startswith(f"{package}==") for pin in pins)]
-    extra = ["torchao", "scipy", "scikit-learn", "deepspeed", "pytest", "pytest-timeout", "-e", "."]
+    quantizers = ("torchao", "optimum-quanto")
+    extra = [*quantizers, "scipy", "scikit-learn", "deepspeed", "pytest", "pytest-timeout", "-e", "."]
     session.install("--upgrade", *pre, *free, *pins, *extra)
     session.run("python", "tests/programs/newest.py", *rest)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import functools
 import importlib.metadata
 import importlib.util
@@ -19,7 +18,7 @@ from test_packed_bases import KINDS
 from torch import nn
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import versions
+from trainer_fsdp_patch import support, versions
 from trainer_fsdp_patch.bits import same_bits
 from trainer_fsdp_patch.inspecting.leaves import leaves
 from trainer_fsdp_patch.packing import choosing
@@ -221,12 +220,9 @@ def test_the_page_says_of_each_quantizer_what_is_tested() -> None:
 def test_the_page_knows_every_quantizer_of_transformers() -> None:
     from transformers.quantizers import auto
 
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    pinned = re.search(r"^transformers == (\S+)$", config["options.extras_require"]["test"], re.MULTILINE)
-    assert pinned is not None
-    if str(versions.installed("transformers")) != pinned[1]:
-        pytest.skip(f"the page is about transformers {pinned[1]}")
+    pinned = support.PINNED["transformers"]
+    if str(versions.installed("transformers")) != pinned:
+        pytest.skip(f"the page is about transformers {pinned}")
     assert set(rows()) == set(auto.AUTO_QUANTIZER_MAPPING)
 
 

@@ -59,7 +59,7 @@ def test_a_record_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch, 
     rows = triples.record("python", path, 4, 0)
     assert len(asked) == len(set(asked)) == len(rows) == 8
     assert json.loads(path.read_text()) == rows
-    assert triples.summary(rows) == "8 triples drawn, 4 train in one process, 0 scenarios of these are wrong"
+    assert triples.summary(rows) == "8 triples drawn, 4 train and resume in one process, 0 scenarios of these are wrong"
     assert triples.markdown(rows).splitlines()[2].endswith("| 2.13.0 | 1 | 1 |")
     rows[1]["scenarios"]["VeRA FSDP1"] = "no adapter file was written"
     assert triples.wrong(rows[1]) == {"VeRA FSDP1": "no adapter file was written"}

@@ -24,6 +24,9 @@ PINNED = {
 }
 """Releases of the test extra: the full matrix and all tests run on these."""
 
+OLDEST_PYTHON = {"transformers": "5.20.2"}
+"""What the test extra takes on the oldest Python, which the pinned release does not support: the newest that does."""
+
 NEWEST = {**PINNED, "python": "3.13", "torch": "2.15.0"}
 """Newest release of each package that all tests were run on, next to the pinned ones of the others."""
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import quantizers
 from cells import Setup
 from ranks import on_ranks
@@ -46,6 +47,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def ranks_load(base: str, setup: Setup, patched: bool, then: Callable[[Any, int], Any]) -> list[Any]:
     """What a function gives of a base that each of two ranks has loaded."""
+    if setup.quantizer.startswith("quanto"):
+        pytest.importorskip("optimum.quanto")
 
     def child(rank: int) -> Any:
         if patched:

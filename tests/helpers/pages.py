@@ -219,11 +219,14 @@ get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), settings).save_pretra
 def _pip(name: str, words: list[str]) -> str:
     """pip install: pins are those that the package is tested with, and extras exist."""
     from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
 
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     extras = config["options.extras_require"]
-    pins = {item.name: item.specifier for item in map(Requirement, extras["test"].split("\n")[1:])}
+    pins: dict[str, list[SpecifierSet]] = {}
+    for item in map(Requirement, extras["test"].split("\n")[1:]):
+        pins.setdefault(item.name, []).append(item.specifier)
     if words[:1] != ["install"]:
         return f"pip {words[:1]} is not known"
     for word in words[1:]:
@@ -235,8 +238,8 @@ def _pip(name: str, words: list[str]) -> str:
             lacking = []
         else:
             asked_for = Requirement(word)
-            pinned = pins.get(asked_for.name, asked_for.specifier)
-            lacking = [] if asked_for.specifier in (pinned, "") or not asked_for.specifier else [word]
+            pinned = pins.get(asked_for.name, [asked_for.specifier])
+            lacking = [word] if asked_for.specifier and asked_for.specifier not in pinned else []
         if lacking:
             return f"setup.cfg has no {lacking[0]}"
     return ""

@@ -204,10 +204,21 @@ class Bench:
             return verdict.error
         resuming = dataclasses.replace(setup, resume=str(where / f"checkpoint-{trial.STEPS - 1}"))
         again = trial.run(resuming, configure, self.base, Path(f"{where} again"), patched=patched)
+        if again.error and (why := self.one_cannot_resume(name, configure, reference_of(setup))):
+            return f"no reference: one process does not resume: {why}"
         if not again.error and len(again.losses) != 1:
             return f"resumed: it took {len(again.losses)} steps instead of 1"
         verdict = case.compare(again, one, setup)
         return "" if verdict.right else f"resumed: {verdict.error}"
+
+    @functools.cache  # noqa: B019
+    def one_cannot_resume(self, name: str, configure: Callable[[Any], Any], setup: Setup) -> str:
+        """Why one process of stock cannot resume from its own checkpoint, or ""."""
+        where = self.folder / f"{name} one resumes {abs(hash(setup))}"
+        writing = dataclasses.replace(setup, save_steps=trial.STEPS - 1)
+        trial.run(writing, configure, self.base, where, ranks=1, patched=False)
+        resuming = dataclasses.replace(setup, resume=str(where / f"checkpoint-{trial.STEPS - 1}"))
+        return trial.run(resuming, configure, self.base, Path(f"{where} again"), ranks=1, patched=False).error
 
     @functools.cache  # noqa: B019
     def named(self, name: str, configure: Callable[[Any], Any], setup: Setup) -> Outcome:

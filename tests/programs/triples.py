@@ -5,8 +5,8 @@
 
 ENVIRONMENT is the Python of a virtual environment that has torch, bitsandbytes, scipy, pytest and this package. The
 triple is installed into it in place of the last one. Releases are drawn from all that the index has since the oldest
-supported. A triple that cannot be installed together, or whose stock Trainer does not train one process, is kept in the
-record with its error, and another is drawn. FILE is read first, so that a run which was stopped goes on.
+supported. A triple that cannot be installed together, or whose stock Trainer does not train or resume one process, is
+kept in the record with its error, and another is drawn. FILE is read first, so that a run which was stopped goes on.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def trained(python: str, triple: Triple) -> Row:
         found = json.loads(result.read_text())
     row["torch"] = found["installed"]["torch"]
     verdicts = {item["scenario"]: item["patched"] for item in found["rows"]}
-    # What one process of stock cannot train is no fault of ranks, and nothing to compare with.
+    # What one process of stock cannot train or resume is no fault of ranks, and nothing to compare with.
     without = [verdict for verdict in verdicts.values() if verdict.startswith("no reference")]
     if len(without) == len(verdicts):
         return {**row, "unusable": without[0] if without else "no scenario"}
@@ -111,7 +111,7 @@ def summary(rows: list[Row]) -> str:
     """One line: how many triples, and how many scenarios of them are right."""
     good = usable(rows)
     bad = sum(len(wrong(row)) for row in good)
-    return f"{len(rows)} triples drawn, {len(good)} train in one process, {bad} scenarios of these are wrong"
+    return f"{len(rows)} triples drawn, {len(good)} train and resume in one process, {bad} scenarios of these are wrong"
 
 
 def record(python: str, path: Path, count: int, seed: int) -> list[Row]:

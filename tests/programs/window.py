@@ -29,6 +29,7 @@ A release in between that is not listed has to work as well: the random triples 
 - Stacks: five adapters on both versions of FSDP, trained, saved and resumed, stock and patched.
 - Triples: the same scenarios, patched.
 - Check: `python -m trainer_fsdp_patch check`, next to the newest of the others.
+- Python {python}: {newest} is the newest that installs there. The test extra takes it.
 
 A release that is newer than the newest here gets the patches whose functions still have the known signatures.
 `status` names it, and `check` says whether an adapter trains right on it.
@@ -37,7 +38,7 @@ A release that is newer than the newest here gets the patches whose functions st
 
 `python tests/programs/triples.py ENVIRONMENT --count 40 --json tests/data/triples.json` draws these.
 {summary}.
-The others cannot be installed together, or one process of stock does not train on them.
+The others cannot be installed together, or one process of stock does not train or resume on them.
 
 {triples}"""
 
@@ -87,7 +88,9 @@ def _listed(found: set[str]) -> str:
 
 def page() -> str:
     """docs/releases.md."""
-    return PAGE.format(window=window(), summary=triples.summary(rows()), triples=triples.markdown(rows()))
+    newest = " and ".join(f"{package} {release}" for package, release in support.OLDEST_PYTHON.items())
+    ends = {"python": support.OLDEST["python"], "newest": newest}
+    return PAGE.format(window=window(), **ends, summary=triples.summary(rows()), triples=triples.markdown(rows()))
 
 
 if __name__ == "__main__":
