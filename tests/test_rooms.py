@@ -58,6 +58,7 @@ TAGS = {
     "resuming/optimizer_state.py": ["accelerate 1.7"],
     "resuming/resume.py": ["accelerate 1.7", "accelerate 1.9"],
     "saving/gathering.py": ["torch 2.7"],
+    "saving/peft_state_dict.py": ["transformers 5.21"],
     "training/batch_size.py": ["torch 2.15", "torch 2.13"],
 }
 """Every difference between releases in the engine, by module: up to which release it matters."""

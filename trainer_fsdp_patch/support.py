@@ -28,7 +28,10 @@ OLDEST_PYTHON = {"transformers": "5.20.2"}
 """What the test extra takes on the oldest Python, which the pinned release does not support: the newest that does."""
 
 NEWEST = {**PINNED, "python": "3.13", "torch": "2.15.0"}
-"""Newest release of each package that all tests were run on, next to the pinned ones of the others."""
+"""Newest release of each package that all tests were run on, next to the pinned ones of the others.
+
+Of Python it is the newest that `check` and a part of the tests were run on.
+"""
 
 CHECKED = {"torch": ["2.14.1"]}
 """Releases on which `check` was run and is right, and not all of the tests."""

@@ -49,10 +49,15 @@ def answer(
         return naming.call_with_canonical_names(upstream, arguments["model"], state_dict=state_dict, **others)
 
     given = arguments.get("state_dict")
-    if given is None and "state_dict" in vars(unwrap(arguments["model"])):
+    own = "state_dict" in vars(unwrap(arguments["model"]))
+    if given is None and own:
         # A user has put a function of their own there, as alpaca-lora's script does. Or a save has, for what it
         # gathered.
         return call(unwrap(arguments["model"]).state_dict())
+    if given and own and prepared.native and to_file:
+        # until transformers 5.21
+        # Its save of a base that it sharded gives what is trained, and peft asks for frozen projections too.
+        given = {**unwrap(arguments["model"]).state_dict(), **given}
     if given is None:
         return _asked(call, arguments["model"], prepared)
     if not given and not collectives.is_main():
