@@ -1,4 +1,4 @@
-"""From what was asked to plans and estimates; the model is built once, and each pass is run once."""
+"""From what was asked to plans and estimates; the model is built once, and each plan and pass is made once."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ class Maker:
         )
         self._passes: dict[tuple[object, ...], activations.Activations | str] = {}
         self._states: dict[tuple[object, ...], int] = {}
+        self._plans: dict[tuple[object, ...], Plan] = {}
 
     def plan(self, version: int | None = None, base_budget: str | None = None, ranks: int | None = None) -> Plan:
         """The plan for a version of FSDP.
@@ -67,6 +68,13 @@ class Maker:
             PlanError: a setting contradicts the model.
         """
         fsdp = self.fsdp if version in (None, self.fsdp.version) else self._other(int(version or 2))
+        budget, count = base_budget or self.asked.base_budget, int(ranks or self.asked.ranks or 1)
+        key = (fsdp.version, budget, count)
+        if key not in self._plans:
+            self._plans[key] = self._planned(fsdp, budget, count)
+        return self._plans[key]
+
+    def _planned(self, fsdp: settings.Fsdp, base_budget: str | None, ranks: int) -> Plan:
         with quiet():
             return make_plan(
                 self.model,
@@ -74,8 +82,8 @@ class Maker:
                 mixed_precision=self.asked.mixed_precision or "no",
                 use_orig_params=fsdp.use_orig_params,
                 units=fsdp.units,
-                base_budget=base_budget or self.asked.base_budget,
-                ranks=int(ranks or self.asked.ranks or 1) if fsdp.shards else 1,
+                base_budget=base_budget,
+                ranks=ranks if fsdp.shards else 1,
                 gathers=fsdp.gathers,
             )
 

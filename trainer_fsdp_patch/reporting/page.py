@@ -117,7 +117,7 @@ def _answer(maker: Maker, found: fitting.Fit) -> str:
 def _facts(plan: Plan, item: Estimate) -> str:
     facts = [
         (size(item.resting), "of each rank between steps"),
-        (_peak(item), f"peak of each rank{', with checkpointing' if item.checkpointing else ''}, estimated"),
+        (showing.peak(item), f"peak of each rank{', with checkpointing' if item.checkpointing else ''}, estimated"),
         (size(plan.nbytes(SHARD)), f"shared by {plan.ranks} ranks"),
     ]
     if plan.traffic is not None and plan.ranks > 1:
@@ -132,14 +132,11 @@ def _pictures(maker: Maker, shown: list[Estimate], found: fitting.Fit | None) ->
     longest = max(*(item.peak for item in shown), limit, 1)
     # A bar far beyond the limit would leave nothing to see of the others. It is cut, but for the last, the answer.
     longest = min(longest, max(2 * limit, shown[-1].peak)) if limit else longest
-    bars = [f"<h3>{escape(showing.title(item))}: {_peak(item)}</h3>\n{_bar(item, longest, limit)}" for item in shown]
+    heads = [f"<h3>{escape(showing.title(item))}: {showing.peak(item)}</h3>" for item in shown]
+    bars = [f"{head}\n{_bar(item, longest, limit)}" for head, item in zip(heads, shown, strict=True)]
     cut = " Longer bars are cut." if any(item.peak > longest for item in shown) else ""
     said = f"The dashed line is what may be used, {size(limit)}.{cut}"
     return "\n".join([*bars, *([f'<p class="dim">{said}</p>'] if limit else [])])
-
-
-def _peak(item: Estimate) -> str:
-    return ("more than " if item.unknown else "") + size(item.peak)
 
 
 def _bar(item: Estimate, longest: int, limit: int) -> str:
@@ -167,12 +164,11 @@ def _bar(item: Estimate, longest: int, limit: int) -> str:
 def _table(shown: list[Estimate]) -> str:
     heads = "".join(f'<th scope="col" class="n">{escape(_short(item))}</th>' for item in shown)
     rows, meant = [], []
-    for name in PARTS:
-        if any(item.parts[name] or (name == "activations" and item.unknown) for item in shown):
-            cells = "".join(f'<td class="n">{escape(_cell(item, name))}</td>' for item in shown)
-            key = f'<span class="key" style="background:{_COLOURS[name]}"></span>{name}'
-            rows.append(f'<tr><th scope="row">{key}</th>{cells}</tr>')
-            meant.append(f"<li><b>{name}</b>: {escape(_MEANINGS[name])}</li>")
+    for name in showing.parts(shown):
+        cells = "".join(f'<td class="n">{escape(showing.cell(item, name))}</td>' for item in shown)
+        key = f'<span class="key" style="background:{_COLOURS[name]}"></span>{name}'
+        rows.append(f'<tr><th scope="row">{key}</th>{cells}</tr>')
+        meant.append(f"<li><b>{name}</b>: {escape(_MEANINGS[name])}</li>")
     for label, values in (("between steps", [item.resting for item in shown]), ("peak", [item.peak for item in shown])):
         cells = "".join(f'<td class="n"><b>{size(value)}</b></td>' for value in values)
         rows.append(f'<tr><th scope="row">{label}</th>{cells}</tr>')
@@ -185,12 +181,6 @@ def _table(shown: list[Estimate]) -> str:
 def _short(item: Estimate) -> str:
     kept = f", {len(item.plan.resident)} full" if item.plan.resident else ""
     return f"batch {item.rows}{', checkpointing' if item.checkpointing else ''}{kept}"
-
-
-def _cell(item: Estimate, name: str) -> str:
-    if name == "activations" and item.unknown:
-        return "?"
-    return size(item.parts[name])
 
 
 def _unit(group: folding.Group) -> str:

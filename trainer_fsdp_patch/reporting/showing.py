@@ -179,19 +179,55 @@ def title(item: Estimate) -> str:
     return f"FSDP{item.plan.fsdp_version}, {item.rows} x {item.length} tokens, {way} activation checkpointing{kept}"
 
 
+def parts(estimates: list[Estimate]) -> list[str]:
+    """Names of what at least one of some estimates has, or does not know.
+
+    Args:
+        estimates: that are shown together.
+    """
+    return [name for name in PARTS if any(item.parts[name] or not knows(item, name) for item in estimates)]
+
+
+def knows(item: Estimate, name: str) -> bool:
+    """Whether an estimate has the bytes of a part.
+
+    Args:
+        item: the estimate.
+        name: of `PARTS`.
+    """
+    return name != "activations" or not item.unknown
+
+
+def cell(item: Estimate, name: str) -> str:
+    """The bytes of a part, in words.
+
+    Args:
+        item: the estimate.
+        name: of `PARTS`.
+    """
+    return size(item.parts[name]) if knows(item, name) else "?"
+
+
+def peak(item: Estimate) -> str:
+    """The most bytes at once, in words.
+
+    Args:
+        item: the estimate.
+    """
+    return ("more than " if item.unknown else "") + size(item.peak)
+
+
 def _bars(console: Console, item: Estimate) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
     largest = max(*item.parts.values(), 1)
-    for name in PARTS:
-        value = item.parts[name]
-        known = name != "activations" or not item.unknown
-        if value or not known:
-            bar = "█" * max(1, round(_WIDTH * value / largest)) if known else f"not known: {item.unknown}"
-            table.add_row(name, size(value) if known else "?", f"[{COLOURS[name]}]{bar}[/]")
+    for name in parts([item]):
+        length = max(1, round(_WIDTH * item.parts[name] / largest))
+        bar = "█" * length if knows(item, name) else f"not known: {item.unknown}"
+        table.add_row(name, cell(item, name), f"[{COLOURS[name]}]{bar}[/]")
     table.add_row("between steps", size(item.resting), "")
-    table.add_row("peak, estimated", ("more than " if item.unknown else "") + size(item.peak), "")
+    table.add_row("peak, estimated", peak(item), "")
     console.print(f"Bytes of a rank: {title(item)}", highlight=False, soft_wrap=True)
     console.print(table, highlight=False)
 
