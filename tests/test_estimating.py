@@ -506,6 +506,9 @@ def test_quantized_bases_are_sharded_as_patched_runs_shard_them(model: str, caps
     assert {row["placement"] for row in rows} == {"shard"}
     sizes = [answer["estimates"][0]["bytes"] for answer in (plain, packed)]
     assert sizes[1]["quantized"] + sizes[1]["base"] < sizes[0]["base"] / 2
+    # While a layer computes, it is unpacked to 16 bits.
+    known = json.loads((Path(model) / "config.json").read_text())
+    assert sizes[1]["activations"] - sizes[0]["activations"] == 2 * known["hidden_size"] * known["intermediate_size"]
 
 
 def test_a_model_that_needs_data_is_planned_without_activations(
