@@ -13,7 +13,6 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 from trainer_fsdp_patch.testing import forks
@@ -23,8 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from counting import Count, meter
+from tables import show
 
 from trainer_fsdp_patch.testing import targets, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
@@ -33,7 +32,7 @@ STEPS = 6
 SIDES = ("stock", "patched")
 COLUMNS = {
     "collectives": ("collectives a step", 1, 0),
-    "bytes": ("MiB a step", 2**-20, 1),
+    "nbytes": ("MiB a step", 2**-20, 1),
     "seconds": ("ms a step", 1e3, 0),
     "save": ("collectives a save", 1, 0),
 }
@@ -64,46 +63,19 @@ def base(width=512):
     return LlamaForCausalLM(LlamaConfig(vocab_size=trial.VOCABULARY, **sizes))
 
 
-class Count(torch.utils._python_dispatch.TorchDispatchMode):
-    """Collectives that are dispatched, and the bytes of their largest tensor argument."""
-
-    total = nbytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Count and call."""
-        if function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function):
-            self.total += 1
-            tensors = [item for item in torch.utils._pytree.tree_leaves(args) if isinstance(item, torch.Tensor)]
-            self.nbytes += max((item.nbytes for item in tensors), default=0)
-        return function(*args, **(kwargs or {}))
-
-
 def measure(configure, fsdp: int, patched: bool, folder: str, rank: int) -> Outcome:
     """Train a few steps and save, in one of two ranks."""
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer
 
     given = trial.enter(Setup("benchmark", fsdp=fsdp), folder, 2, patched=patched)
-    given.max_steps = STEPS
-    found = {"collectives": [], "bytes": [], "seconds": []}
-
-    class Meter(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.start, self.mode = time.perf_counter(), Count()
-            self.mode.__enter__()
-
-        def on_step_end(self, *_, **__):
-            self.mode.__exit__(None, None, None)
-            found["seconds"].append(time.perf_counter() - self.start)
-            found["collectives"].append(self.mode.total)
-            found["bytes"].append(self.mode.nbytes)
-
+    given.max_steps, counted = STEPS, meter()
     trainer = Trainer(
-        model=configure(base()), args=given, train_dataset=trial.dataset(STEPS * trial.BATCH), callbacks=[Meter()]
+        model=configure(base()), args=given, train_dataset=trial.dataset(STEPS * trial.BATCH), callbacks=[counted]
     )
     trainer.train()
     with Count() as saved:
         trainer.save_model(folder)
-    outcome = Outcome(extra={name: values[1:] for name, values in found.items()})
+    outcome = Outcome(extra={name: values[1:] for name, values in counted.found.items()})
     outcome.extra["save"] = [saved.total]
     return outcome
 
@@ -139,19 +111,6 @@ NAMES = {lora: "LoRA", vera: "VeRA"}
 CASES = [(configure, fsdp) for fsdp in (1, 2) for configure in NAMES]
 
 
-def show(title: str, heads: list[str], rows: list[list[str]], markdown: bool) -> None:
-    """Print a table, for a page or for a terminal."""
-    if markdown:
-        print("\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)))
-        return
-    table = Table(title=title, title_justify="left")
-    for head in heads:
-        table.add_column(head)
-    for cells in rows:
-        table.add_row(*cells)
-    Console(width=160).print(table)
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -162,7 +121,8 @@ def main() -> None:
     targets.import_all()
     rows = [row(configure, fsdp, compare(configure, fsdp, given.repeat)) for configure, fsdp in CASES]
     heads = ["case", *(head for head, _, _ in COLUMNS.values())]
-    show(f"12 layers, width 512, 2 gloo ranks, medians of {given.repeat} runs", heads, rows, given.markdown)
+    title = f"12 layers, width 512, 2 gloo ranks, medians of {given.repeat} runs"
+    show(heads, rows, title=title, markdown=given.markdown)
 
 
 if __name__ == "__main__":

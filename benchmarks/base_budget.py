@@ -14,15 +14,14 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from adapter_step import NAMES, Count, base
-from rich.console import Console
-from rich.table import Table
+from adapter_step import NAMES, base
+from counting import meter
+from tables import show
 
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.measuring import footprint
@@ -40,7 +39,7 @@ ORDERS = {
 """Which layers are kept: from the number of all and of these to their places."""
 COLUMNS = {
     "collectives": ("collectives a step", 1, 0),
-    "bytes": ("MiB a step", 2**-20, 1),
+    "nbytes": ("MiB a step", 2**-20, 1),
     "rest": ("MiB at rest", 2**-20, 1),
     "seconds": ("ms a step", 1e3, 0),
 }
@@ -57,32 +56,24 @@ def measure(configure, fsdp: int, side: str, folder: str, rank: int) -> Outcome:
         folder: for the Trainer.
         rank: of this process.
     """
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer
 
     residence.spread = ORDERS.get(side, residence.spread)
     budget = "50%" if side in ORDERS else side if "%" in side else ""
     setup = Setup("benchmark", fsdp=0 if side == "DDP" else fsdp, budget=budget)
     given = trial.enter(setup, folder, 2, patched=bool(budget))
     given.max_steps = STEPS
-    found = {name: [] for name in COLUMNS}
+    rest: list[int] = []
     model = configure(base())
     tensors = inventory.take(model).tensors()
 
-    class Meter(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.start, self.mode = time.perf_counter(), Count()
-            self.mode.__enter__()
+    def weigh(model) -> None:
+        taken = footprint.Watch(model, tensors).footprint() if side != "DDP" else None
+        rest.append(taken.rest if taken else sum(item.nbytes for item in model.parameters()))
 
-        def on_step_end(self, args, state, control, model, **__):
-            self.mode.__exit__(None, None, None)
-            found["seconds"].append(time.perf_counter() - self.start)
-            found["collectives"].append(self.mode.total)
-            found["bytes"].append(self.mode.nbytes)
-            taken = footprint.Watch(model, tensors).footprint() if side != "DDP" else None
-            found["rest"].append(taken.rest if taken else sum(item.nbytes for item in model.parameters()))
-
-    rows = trial.dataset(STEPS * trial.BATCH)
-    Trainer(model=model, args=given, train_dataset=rows, callbacks=[Meter()]).train()
+    rows, counted = trial.dataset(STEPS * trial.BATCH), meter(ended=weigh)
+    Trainer(model=model, args=given, train_dataset=rows, callbacks=[counted]).train()
+    found = {**counted.found, "rest": rest}
     return Outcome(extra={name: values[1:] for name, values in found.items()})
 
 
@@ -134,15 +125,8 @@ def main() -> None:
         if given.only in f"{NAMES[configure]}, FSDP{fsdp}":
             lines += rows(configure, fsdp, compare(configure, fsdp, given.repeat, sides))
     heads = ["case", "base_budget", *(head for head, _, _ in COLUMNS.values())]
-    if given.markdown:
-        print("\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines)))
-        return
-    table = Table(title=f"12 layers, width 512, 2 gloo ranks, medians of {given.repeat} runs", title_justify="left")
-    for head in heads:
-        table.add_column(head)
-    for cells in lines:
-        table.add_row(*cells)
-    Console(width=120).print(table)
+    title = f"12 layers, width 512, 2 gloo ranks, medians of {given.repeat} runs"
+    show(heads, lines, title=title, markdown=given.markdown)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
+from tables import show
 from torch.optim import optimizer as optimizers
 
 import trainer_fsdp_patch
@@ -227,13 +226,8 @@ def main() -> int:
         total, inside, functions = measure(count, given.steps, clock)
         rows.append([str(count), *(f"{value:.2f}" for value in (total, inside, total - inside))])
         worst = max(worst, total - inside)
-    if given.markdown:
-        print("\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)))
-    else:
-        table = Table(*heads)
-        for cells in rows:
-            table.add_row(*cells)
-        Console().print(table)
+    show(heads, rows, markdown=given.markdown)
+    if not given.markdown:
         print(f"by function at {given.tensors[-1]} tensors, under a profiler, ms a step:")
         for name, spent in list(functions.items())[:12]:
             print(f"  {name:40} {spent:.3f}")

@@ -18,8 +18,7 @@ import sys
 import tempfile
 import time
 
-from rich.console import Console
-from rich.table import Table
+from tables import show
 
 from trainer_fsdp_patch.commands import launching
 
@@ -55,10 +54,8 @@ def main():
         rounds = [{name: milliseconds(code, sides[name]) for name, code in LINES.items()} for _ in range(given.rounds)]
     medians = {name: statistics.median(item[name] for item in rounds) for name in LINES}
     over = {name: value - medians["import wrapt"] for name, value in medians.items()}
-    table = Table("program", "median ms", "over import wrapt")
-    for name, value in medians.items():
-        table.add_row(name, f"{value:.1f}", f"{over[name]:+.1f}")
-    Console().print(table)
+    rows = [(name, f"{value:.1f}", f"{over[name]:+.1f}") for name, value in medians.items()]
+    show(("program", "median ms", "over import wrapt"), rows)
     return int(over["import wrapt, patch()"] > given.most)
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 import quantized
 import quantizers  # found by way of `quantized`
 import torch
-from adapter_step import lora, show
+from adapter_step import lora
 from allocations import Allocations
+from tables import show
 
 from trainer_fsdp_patch.testing import cpu, forks, targets, trial
 from trainer_fsdp_patch.testing.case import Outcome, Setup
@@ -114,7 +115,8 @@ def main() -> None:
         forks.launch(lambda rank: Outcome(folder=write_base(Path(folder), given.layers)), ranks=1)
         cases = [(kind, fsdp, ranks) for kind in given.kinds for fsdp in (1, 2) for ranks in given.ranks]
         rows = [row(*case, folder) for case in cases]
-    show(f"{given.layers} layers, width 256; bytes at once until the first step", HEADS, rows, given.markdown)
+    title = f"{given.layers} layers, width 256; bytes at once until the first step"
+    show(HEADS, rows, title=title, markdown=given.markdown)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from tables import show
 
 import trainer_fsdp_patch
 from trainer_fsdp_patch.testing import targets, trial
@@ -132,12 +131,9 @@ def main() -> int:
     given = parser.parse_args()
     targets.import_all()
     found = measure(given.rounds, given.steps)
-    table = Table(title=f"one process, LoRA, {given.rounds} rounds of {given.steps} steps", title_justify="left")
-    for column in ("ms/step", "lower quartile", "median", "upper quartile"):
-        table.add_column(column)
-    for name, values in found.items():
-        table.add_row(name, *(f"{value:.3f}" for value in statistics.quantiles(values, n=4)))
-    Console(width=100).print(table)
+    rows = [(name, *(f"{value:.3f}" for value in statistics.quantiles(values, n=4))) for name, values in found.items()]
+    title = f"one process, LoRA, {given.rounds} rounds of {given.steps} steps"
+    show(("ms/step", "lower quartile", "median", "upper quartile"), rows, title=title)
     return int(statistics.median(found["patched - stock"]) > given.most)
 
 

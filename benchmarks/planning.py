@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from tables import show
 
 from trainer_fsdp_patch.planning.plan import make_plan
 
@@ -137,9 +138,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/measured.md")
     given = parser.parse_args()
     measured = [measure(shape, given.layers, given.repeat) for shape in SHAPES]
-    rows = [COLUMNS, *([("---",) * len(COLUMNS)] if given.markdown else []), *(cells for cells, _ in measured)]
-    for cells in rows:
-        print(f"| {' | '.join(cells)} |" if given.markdown else "  ".join(f"{cell:<20}" for cell in cells))
+    show(COLUMNS, [cells for cells, _ in measured], markdown=given.markdown)
     raise SystemExit(any(late for _, late in measured))
 
 

@@ -9,15 +9,17 @@ All but the milliseconds are counts. The model is a random Llama of 4 layers, wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from adapter_step import Count, lora, show
+from adapter_step import lora
+from counting import meter
+from tables import show
 
 from trainer_fsdp_patch.inspecting import inventory, leaves
 from trainer_fsdp_patch.measuring import footprint
@@ -67,7 +69,7 @@ def quantized_bytes(model) -> int:
 
 def measure(kind: str, fsdp: int, ranks: int, way: str, base: str, folder: str, rank: int) -> Outcome:
     """Train a few steps with LoRA, in one of the ranks."""
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+    from transformers import AutoModelForCausalLM, Trainer
 
     if way == "replicated":
         os.environ[registry.DISABLE] = PATCHES
@@ -78,33 +80,19 @@ def measure(kind: str, fsdp: int, ranks: int, way: str, base: str, folder: str, 
     whole = quantized_bytes(model)
     model = lora(model)
     tensors = inventory.take(model).tensors()
-    found = {name: [] for name in ("collectives", "nbytes", "seconds")}
-    taken = []
+    watched, watching = [], contextlib.ExitStack()
 
-    class Meter(TrainerCallback):
-        def on_step_begin(self, *_, model, **__):
-            self.watch = footprint.Watch(model, tensors)
-            self.watching = self.watch.watching()
-            self.watching.__enter__()
-            self.start, self.mode = time.perf_counter(), Count()
-            self.mode.__enter__()
+    def began(model) -> None:
+        watched.append(footprint.Watch(model, tensors))
+        watching.enter_context(watched[-1].watching())
 
-        def on_step_end(self, *_, **__):
-            self.mode.__exit__(None, None, None)
-            found["seconds"].append(time.perf_counter() - self.start)
-            found["collectives"].append(self.mode.total)
-            found["nbytes"].append(self.mode.nbytes)
-            self.watching.__exit__(None, None, None)
-            taken.append(self.watch.footprint())
-
-    trainer = Trainer(
-        model=model, args=given, train_dataset=trial.dataset(STEPS * 2 * ranks, even=True), callbacks=[Meter()]
-    )
-    trainer.train()
-    last = taken[-1]
+    counted = meter(began, lambda model: watching.close())
+    rows = trial.dataset(STEPS * 2 * ranks, even=True)
+    Trainer(model=model, args=given, train_dataset=rows, callbacks=[counted]).train()
+    last = watched[-1].footprint()
     numbers = {"quantized": whole, "base": last.base + last.statistics, "gathered": last.gathered}
     numbers["full"] = last.replicated + last.statistics
-    return Outcome(extra={**{name: values[1:] for name, values in found.items()}, **numbers})
+    return Outcome(extra={**{name: values[1:] for name, values in counted.found.items()}, **numbers})
 
 
 def run(kind: str, fsdp: int, ranks: int, way: str, base: str) -> Outcome:
@@ -161,7 +149,7 @@ def main() -> None:
         forks.launch(lambda rank: Outcome(folder=write_base(Path(folder))), ranks=1)
         cases = [(kind, fsdp, ranks) for kind in KINDS for fsdp in (1, 2) for ranks in given.ranks]
         rows = [row(*case, folder, given.repeat) for case in cases]
-    show("4 layers, width 256; stock / replicated / sharded", HEADS, rows, given.markdown)
+    show(HEADS, rows, title="4 layers, width 256; stock / replicated / sharded", markdown=given.markdown)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ import time
 from collections import defaultdict
 
 import adapter_step
-from rich.console import Console
-from rich.table import Table
+from tables import show
 
 from trainer_fsdp_patch.ranks import collectives
 from trainer_fsdp_patch.saving import adapter_state, liveness, writing
@@ -103,15 +102,12 @@ def main() -> None:
         }
     frozen, trained = (size / 1e6 for size in outcome.extra["sizes"])
     title = f"medians of {repeat - 1} checkpoints, 2 gloo ranks; millions of parameters: {trained:.1f} of {frozen:.0f}"
-    table = Table(title=title, title_justify="left")
-    for column in ("part", "ms", "of stock's", "of the patched"):
-        table.add_column(column)
     stock, whole = medians[False]["checkpoint"], medians[True]["checkpoint"]
-    table.add_row("checkpoint, stock -> patched", f"{stock:.0f} -> {whole:.0f}", f"{whole / stock:.1%}", "")
-    rows = {name: medians[True].get(name, 0.0) for name in PARTS}
-    for name, value in {**rows, "all of these": sum(rows.values())}.items():
-        table.add_row(name, f"{value:.1f}", f"{value / stock:.2%}", f"{value / whole:.1%}")
-    Console(width=100).print(table)
+    parts = {name: medians[True].get(name, 0.0) for name in PARTS}
+    rows = [("checkpoint, stock -> patched", f"{stock:.0f} -> {whole:.0f}", f"{whole / stock:.1%}", "")]
+    for name, value in {**parts, "all of these": sum(parts.values())}.items():
+        rows.append((name, f"{value:.1f}", f"{value / stock:.2%}", f"{value / whole:.1%}"))
+    show(("part", "ms", "of stock's", "of the patched"), rows, title=title)
 
 
 if __name__ == "__main__":

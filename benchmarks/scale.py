@@ -27,6 +27,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 import torch.distributed as dist
+from tables import show
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer_fsdp_patch.inspecting import inventory
@@ -191,9 +192,7 @@ def main() -> None:
     given = parser.parse_args()
     measured = [row for ranks in RANKS for row in measure(ranks, given.layers)]
     measured.sort(key=lambda row: PHASES.index(row[0]))
-    rows = [COLUMNS, *([("---",) * len(COLUMNS)] if given.markdown else []), *map(cells, measured)]
-    for row in rows:
-        print(f"| {' | '.join(row)} |" if given.markdown else "  ".join(f"{cell:<19}" for cell in row))
+    show(COLUMNS, map(cells, measured), markdown=given.markdown)
     if given.plot:
         plot(measured)
 

@@ -17,14 +17,14 @@ import argparse
 import inspect
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-from adapter_step import Count, base, lora, vera
+from adapter_step import base, lora, vera
+from counting import Count
+from tables import machine, show
 
 import trainer_fsdp_patch
 from trainer_fsdp_patch.inspecting import inventory
@@ -163,13 +163,6 @@ def draw(lines: list[list[str]], path: str) -> None:
     figure.savefig(path, dpi=100)
 
 
-def machine() -> str:
-    """Processor, number of cores and torch's release, in one line."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []  # fmt: skip
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -197,12 +190,7 @@ def main() -> None:
         lines = kept(given.keep, lines)
     print(machine())
     shown = [[*line[:2], *line[4:]] if given.counts else line for line in (HEADS, *lines)]
-    if given.markdown:
-        print("\n".join(f"| {' | '.join(cells)} |" for cells in (shown[0], ["---"] * len(shown[0]), *shown[1:])))
-    else:
-        widths = [max(len(line[place]) for line in shown) for place in range(len(shown[0]))]
-        for line in shown:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    show(shown[0], shown[1:], markdown=given.markdown)
     if given.plot:
         draw(lines, given.plot)
 
