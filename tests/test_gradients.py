@@ -65,6 +65,21 @@ def without_sync(trainer: Any, model: Any, inputs: Any) -> Any:
     return loss.detach()
 
 
+def in_a_mapping(trainer: Any, model: Any, inputs: Any) -> Any:
+    """Outputs in a mapping that torch's pytrees do not know, as a CrossEncoder has them, and a root that is freed."""
+    from transformers import BatchEncoding
+
+    if not trainer.seen:
+        inner = trainer.accelerator.unwrap_model(model)
+        inner.register_forward_hook(lambda _, __, output: BatchEncoding({"loss": output.loss}), prepend=True)
+        if hasattr(model, "set_reshard_after_forward"):
+            model.set_reshard_after_forward(True, recurse=False)
+        trainer.seen.append(torch.ones(()))
+    loss = model(**inputs)["loss"]
+    loss.backward()
+    return loss.detach()
+
+
 def run(step: Step, setup: Setup, base: str, folder: str, ranks: int, rank: int) -> Outcome:
     """Train with a training step of the user's own; counts the averages of each step."""
     from transformers import Trainer
@@ -101,7 +116,8 @@ def run(step: Step, setup: Setup, base: str, folder: str, ranks: int, rank: int)
 
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 @pytest.mark.parametrize(
-    ("step", "averages"), [(plain, 1), (in_two, 2), (reads_gradients, 1), (asks_for_gradients, 1), (without_sync, 1)]
+    ("step", "averages"),
+    [(plain, 1), (in_two, 2), (reads_gradients, 1), (asks_for_gradients, 1), (without_sync, 1), (in_a_mapping, 1)],
 )
 def test_a_training_step_of_the_users_own(bench: Bench, tmp_path: Path, step: Step, averages: int, fsdp: int) -> None:
     if step is asks_for_gradients and fsdp == 1:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer_fsdp_patch import casts
 from trainer_fsdp_patch.errors import AdapterError
@@ -207,5 +207,24 @@ def watch_outputs(module: nn.Module, args: tuple[object, ...], output: object) -
         return
     averaging.begin_forward()
     for item in _pytree.tree_leaves(output):
-        if isinstance(item, torch.Tensor) and item.requires_grad:
-            item.register_hook(averaging.begin)  # type: ignore[no-untyped-call]
+        unknown = isinstance(item, Mapping)
+        for tensor in item.values() if unknown else (item,):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(averaging.begin)  # type: ignore[no-untyped-call]
+                if unknown and hasattr(module, "unshard"):
+                    tensor.register_hook(functools.partial(_gather_root, weakref.ref(module)))  # type: ignore[no-untyped-call]
+
+
+def _gather_root(model: weakref.ref[Any], gradient: torch.Tensor) -> None:
+    """Hook of outputs in a mapping that torch's pytrees do not know, such as a BatchEncoding.
+
+    FSDP2 (`FSDPState._register_pre_backward_hook`) finds no tensor in it, and so does not gather what it has freed of
+    the root after the forward. Before accelerate 1.15 it frees the root, and later where a user asks for it.
+
+    Args:
+        model: the root.
+        gradient: of the output.
+    """
+    root = model()
+    if root is not None:
+        root.unshard()
