@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Mapping
+from collections import UserDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer_fsdp_patch import casts
@@ -207,7 +208,7 @@ def watch_outputs(module: nn.Module, args: tuple[object, ...], output: object) -
         return
     averaging.begin_forward()
     for item in _pytree.tree_leaves(output):
-        unknown = isinstance(item, Mapping)
+        unknown = isinstance(item, (dict, UserDict))
         for tensor in item.values() if unknown else (item,):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 tensor.register_hook(averaging.begin)  # type: ignore[no-untyped-call]
