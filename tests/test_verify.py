@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import shutil
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import checkpoints
@@ -190,6 +191,12 @@ def test_truncated_and_hostile_files(good: Path, tmp_path: Path) -> None:
     (good / reading.PICKLED).unlink()
     (good / reading.CONFIG).write_text('{"peft_type": ')
     assert "unreadable" in faults(good)
+
+
+def test_paths_as_each_python_writes_them() -> None:
+    """Python 3.13 has `pathlib._local`; others read what it has written, and it what others have."""
+    for module in (b"pathlib", b"pathlib._local"):
+        assert reading._Index(io.BytesIO(b"c" + module + b"\nPosixPath\n.")).load() is PosixPath
 
 
 def test_a_hostile_shard_of_a_distributed_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

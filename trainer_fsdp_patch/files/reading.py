@@ -53,6 +53,8 @@ class _Index(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         import torch
 
+        # Python 3.13 alone writes paths so, and other releases have no such module.
+        module = "pathlib" if module == "pathlib._local" else module
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if name not in _METADATA.get(module, ()):

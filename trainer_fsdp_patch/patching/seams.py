@@ -83,10 +83,9 @@ def look(target: str, path: str) -> Entry | None:
     if function.__module__.split(".")[0] != target.split(".")[0]:
         return {"imported": f"{function.__module__}.{function.__qualname__}"}
     parameters = list(inspect.signature(function).parameters)
-    try:
-        source = inspect.getsource(function)
-    except OSError:
-        source = generated(parameters)
+    # Python 3.13 would take a program's `-c` for the source of a function that has no file.
+    made = function.__code__.co_filename.startswith("<")
+    source = generated(parameters) if made else inspect.getsource(function)
     return {"parameters": parameters, "digest": digest(source)}
 
 
