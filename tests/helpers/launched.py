@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import quantizers
+import written
 from cells import Setup
 from ranks import on_ranks
 from test_benchmarks import load as load_benchmark
@@ -28,7 +29,10 @@ def load(folder: str, setup: Setup) -> Any:
     before = {name: os.environ.get(name) for name in LAUNCHED}
     if setup.fsdp:
         os.environ.update(LAUNCHED)
-    model = quantizers.load(folder, setup, AutoModelForCausalLM)
+    if setup.quantizer.startswith("written"):
+        model = written.load(folder, setup)
+    else:
+        model = quantizers.load(folder, setup, AutoModelForCausalLM)
     for name, value in before.items():
         if setup.fsdp == 1:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -43,6 +47,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "torchao": {"quantizer": "torchao-int8"},
     "quanto": {"quantizer": "quanto-int8"},
 }
+READ: dict[str, dict[str, Any]] = {name: {"quantizer": f"written-{name}"} for name in ("aqlm", "fp8", "own")}
+"""Bases that are quantized already; the last by a quantizer of a program, with its weights in buffers."""
 
 
 def ranks_load(base: str, setup: Setup, patched: bool, then: Callable[[Any, int], Any]) -> list[Any]:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-METHODS = frozenset({"bitsandbytes", "quanto", "torchao"})
-"""Quantizers whose layers are done once their tensors are set.
+_HOOK = "_process_model_after_weight_loading"
+"""What a quantizer does to layers once the full base is loaded; transformers calls it from `postprocess_model`."""
 
-Others lay weights out anew for their kernels after the whole base was loaded. Theirs is loaded as transformers does it.
-"""
+_HARMLESS = frozenset({"Bnb4BitHfQuantizer", "Bnb8BitHfQuantizer", "FineGrainedFP8HfQuantizer"})
+"""transformers' classes whose hook reads no weight: it sets flags, or tells layers how to read their scales."""
 
 _SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"
 """transformers' variable: its threads would fill the accelerator faster than layers leave it."""
@@ -41,8 +41,35 @@ def is_asked(quantizer: object) -> bool:
         return False
     from transformers.integrations import is_fsdp_enabled
 
-    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "")
-    return str(getattr(method, "value", method)) in METHODS and bool(is_fsdp_enabled())
+    return bool(is_fsdp_enabled()) and sets_layers(quantizer)
+
+
+def sets_layers(quantizer: object) -> bool:
+    """Whether a quantizer's layers are done once their tensors are set. No quantizer is refused or taken by its name.
+
+    Others lay weights out anew for their kernels after the full base was loaded. What is dequantized while it is
+    loaded is none of a quantizer's layers. Theirs is loaded as transformers does it.
+
+    Args:
+        quantizer: transformers' HfQuantizer, of its own or of a program's class.
+    """
+    from transformers.quantizers import HfQuantizer
+
+    if not isinstance(quantizer, HfQuantizer) or getattr(quantizer.quantization_config, "dequantize", False):
+        return False
+    hook = _function(quantizer, _HOOK)
+    if _function(quantizer, "postprocess_model") is not HfQuantizer.postprocess_model:
+        return False
+    if hook is getattr(HfQuantizer, _HOOK):
+        return True
+    upstream = getattr(hook, "__module__", "").startswith("transformers.quantizers.")
+    return upstream and getattr(hook, "__qualname__", "").partition(".")[0] in _HARMLESS
+
+
+def _function(quantizer: object, name: str) -> object:
+    """What a method of an object runs, whether its class or the object itself has it."""
+    method = getattr(quantizer, name)
+    return getattr(method, "__func__", method)
 
 
 @contextlib.contextmanager
