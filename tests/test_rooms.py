@@ -40,7 +40,7 @@ TAGS = {
     "adapting/residents.py": ["torch 2.8"],
     "casts.py": ["torch 2.4"],
     "devices.py": ["torch 2.6", "torch 2.6", "torch 2.5"],
-    "estimating/activations.py": ["transformers 5.23"],
+    "estimating/activations.py": ["transformers 5.23", "transformers 5.23"],
     "estimating/building.py": ["transformers 5.0"],
     "estimating/quantizing.py": ["transformers 4.46"],
     "estimating/settings.py": ["transformers 4.51", "accelerate 1.6", "transformers 5.10"],

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer_fsdp_patch import casts
-from trainer_fsdp_patch.estimating.fakes import fake_tensors
+from trainer_fsdp_patch.estimating import fakes
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning.plan import SHARD, Plan
 from trainer_fsdp_patch.shadowing import shadowed
@@ -200,7 +200,7 @@ def _run(model: nn.Module, plan: Plan, batch: Batch) -> Activations:
 
     was_training = model.training
     model.train()
-    with fake_tensors(allow_real=True), contextlib.ExitStack() as stack:
+    with fakes.fake_tensors(allow_real=True), contextlib.ExitStack() as stack:
         for owner, replaced in _as_with_data():
             stack.enter_context(shadowed(owner, **replaced))
         counting, count = _counting()
@@ -219,7 +219,7 @@ def _run(model: nn.Module, plan: Plan, batch: Batch) -> Activations:
     return Activations(kept, forward, count.peak)
 
 
-def _as_with_data() -> Iterator[tuple[Any, dict[str, Callable[..., bool]]]]:
+def _as_with_data() -> Iterator[tuple[Any, dict[str, Callable[..., Any]]]]:
     """What has transformers go the way of a training step; releases that lack a function have no other way."""
     import torch
     from transformers.utils import import_utils
@@ -234,6 +234,9 @@ def _as_with_data() -> Iterator[tuple[Any, dict[str, Callable[..., bool]]]]:
     if hasattr(moe, "_can_use_grouped_mm"):
         # torch has the shapes of this product for bf16 alone. The other way keeps the same for the backward pass.
         yield moe, {"_can_use_grouped_mm": lambda values, weight, offsets: weight.dtype is torch.bfloat16}
+    # until transformers 5.23
+    if hasattr(moe, "_grouped_mm_fallback") and not hasattr(moe, "_grouped_mm_fallback_bwd"):
+        yield moe, {"_grouped_mm": fakes.grouped(moe._grouped_mm)}
 
 
 @contextlib.contextmanager
