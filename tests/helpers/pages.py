@@ -74,6 +74,7 @@ BY_HAND = (
     "benchmarks/import_cost.py",
     "benchmarks/one_process.py",
     "benchmarks/save.py",
+    "benchmarks/units.py",
     "benchmarks/vera.py",
     "tests/matrix/picture.py",
 )
