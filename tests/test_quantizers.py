@@ -28,7 +28,7 @@ from trainer_fsdp_patch.testing.case import Outcome
 
 pytestmark = where("transformers>=5.24", "torch>=2.8")
 
-PACKAGES = {"aqlm": "aqlm", "vptq": "vptq"}
+PACKAGES = {"aqlm": "aqlm", "auto-round": "auto_round_extension", "vptq": "vptq"}
 """Layers that transformers does not carry itself, by the package that has them."""
 
 HERE = [name for name in stored.LAYERS if importlib.util.find_spec(PACKAGES.get(name, "torch"))]

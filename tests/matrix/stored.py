@@ -112,6 +112,10 @@ _IN = "transformers.integrations."
 
 LAYERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "aqlm": ("aqlm", functools.partial(_made, "aqlm", "QuantizedLinear", WIDTH, 96, 8, 1, 2, 8, bias=True)),
+    "auto-round": (
+        "auto-round",
+        functools.partial(_made, "auto_round_extension.torch.qlinear_torch_zp", "QuantLinear", 4, 32, WIDTH, 96, True),
+    ),
     "bitnet": (
         "bitnet",
         functools.partial(_made, _IN + "bitnet", "BitLinear", WIDTH, WIDTH, True, dtype=torch.float32),
