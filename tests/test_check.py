@@ -334,7 +334,9 @@ def marked(mark: str) -> list[int]:
 )
 def test_an_interrupted_check_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-c", f"import sys\n{HANGS}\nfrom trainer_fsdp_patch import cli\nsys.exit(cli.main())"]
+    # A shell has what it starts in the background ignore SIGINT, and so would this one's child.
+    listens = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{listens}\n{HANGS}\nfrom trainer_fsdp_patch import cli\nsys.exit(cli.main())"]
     with subprocess.Popen(
         [*command, "check", "--only", "FSDP2, fp32"],
         cwd=ROOT,
