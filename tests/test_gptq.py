@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import written
 from cells import Bench, Setup, reference_of, trial
 from faults import FLAVOURS, packed, where
 from torch import nn
 
-from trainer_fsdp_patch.testing.case import compare
+from trainer_fsdp_patch.testing.case import Outcome, compare
 
 # Its import starts threads, and a process that has those forks no rank: each rank imports it.
 here = pytest.mark.skipif(not importlib.util.find_spec("gptqmodel"), reason="gptqmodel is not installed")
@@ -69,11 +69,7 @@ def load(base: str, setup: Setup) -> Any:
 
     method, _, backend = setup.quantizer.partition("-")
     folder = Path(f"{base}-{method}")
-    if not folder.exists() and int(os.environ.get("RANK", "0")) == 0:
-        write(base, method, Path(f"{folder}-written"))
-        Path(f"{folder}-written").rename(folder)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    written.by_the_first(folder, lambda place: write(base, method, place))
     # What it selects otherwise on a CPU trains nothing, and says so.
     config = {"gptq": GPTQConfig, "awq": AwqConfig}[method](4, group_size=GROUP, backend=backend)
     model = AutoModelForCausalLM.from_pretrained(
@@ -136,17 +132,23 @@ CASES = [
 ]
 
 
+def right(bench: Bench, folder: Path, setup: Setup, method: Any) -> tuple[Outcome, Outcome]:
+    """What one process and patched ranks give, which is the same."""
+    one = trial.run(reference_of(setup), method, bench.base, folder / "one", ranks=1, patched=False)
+    assert not one.error, one.extra
+    outcome = trial.run(setup, method, bench.base, folder / "ranks")
+    verdict = compare(outcome, one, setup)
+    assert verdict.right, (verdict.error, outcome.extra.get("traceback"))
+    return one, outcome
+
+
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 @pytest.mark.parametrize(("method", "kind"), CASES)
 def test_a_run_is_right_and_a_rank_holds_its_share(
     bench: Bench, tmp_path: Path, method: Any, kind: str, fsdp: int
 ) -> None:
     setup = Setup(f"f{fsdp}-{kind}", fsdp=fsdp, **KINDS[kind])
-    one = trial.run(reference_of(setup), method, bench.base, tmp_path / "one", ranks=1, patched=False)
-    assert not one.error, one.extra
-    outcome = trial.run(setup, method, bench.base, tmp_path / "ranks")
-    verdict = compare(outcome, one, setup)
-    assert verdict.right, (verdict.error, outcome.extra.get("traceback"))
+    one, outcome = right(bench, tmp_path, setup, method)
     stock = trial.run(setup, method, bench.base, tmp_path / "stock", patched=False)
     assert fsdp == 2 or not compare(stock, one, setup).right
     ours, theirs = outcome.footprint, stock.footprint
@@ -166,10 +168,6 @@ def test_a_layer_that_is_laid_out_anew_in_an_evaluation_is_full_and_right(
 ) -> None:
     """Its kernel for evaluations keeps a layout of its own from then on, in training too."""
     setup = Setup(f"f{fsdp}-{kind}", fsdp=fsdp, **KINDS[kind])
-    one = trial.run(reference_of(setup), evaluated, bench.base, tmp_path / "one", ranks=1, patched=False)
-    assert not one.error, one.extra
-    outcome = trial.run(setup, evaluated, bench.base, tmp_path / "ranks")
-    verdict = compare(outcome, one, setup)
-    assert verdict.right, (verdict.error, outcome.extra.get("traceback"))
+    _, outcome = right(bench, tmp_path, setup, evaluated)
     assert outcome.footprint is not None
     assert outcome.footprint.statistics > 50_000

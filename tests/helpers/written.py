@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -96,6 +97,16 @@ def _on_cpu(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(x, (layer.weight.float() * scales).to(x.dtype))
 
 
+def by_the_first(folder: Path, make: Callable[[Path], None]) -> None:
+    """Have the first rank write a folder where there is none, and the others wait for it."""
+    if not folder.exists() and int(os.environ.get("RANK", "0")) == 0:
+        # No rank finds a half of it.
+        make(Path(f"{folder}-written"))
+        Path(f"{folder}-written").rename(folder)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def load(base: str, setup: Setup) -> Any:
     """Load a base that is quantized as the set-up has it; the first rank writes it where there is none."""
     from transformers import AutoModelForCausalLM
@@ -104,12 +115,7 @@ def load(base: str, setup: Setup) -> Any:
 
     method = setup.quantizer.partition("-")[2]
     folder = Path(f"{base}-{method}")
-    if not folder.exists() and int(os.environ.get("RANK", "0")) == 0:
-        # No rank finds a half of it.
-        write(base, method, Path(f"{folder}-written"))
-        Path(f"{folder}-written").rename(folder)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    by_the_first(folder, lambda place: write(base, method, place))
     CONFIGURED[method]()
     # Without a GPU transformers dequantizes FP8. Its kernel needs one, and this forward does without.
     finegrained_fp8.FP8Linear.forward = _on_cpu  # type: ignore[method-assign]
