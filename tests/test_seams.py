@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import configparser
+import inspect
 import json
+import linecache
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,26 @@ def test_the_wheels_have_what_is_installed() -> None:
         turns = DATA["seams"][f"{target}.{path}"]
         last = [turn for turn in turns if Version(turn) <= Version(version.base_version)][-1]
         assert seams.look(target, path) == turns[last], (target, path)
+
+
+def test_a_function_without_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What dataclasses made has none, though Python 3.13 would find one; nor has a release without its sources."""
+    import accelerate.utils.dataclasses  # noqa: F401
+
+    target, path = "accelerate.utils.dataclasses", "FullyShardedDataParallelPlugin.__init__"
+    entry = seams.look(target, path)
+    assert entry is not None
+    assert entry["digest"] == seams.digest(seams.generated(entry["parameters"]))
+    monkeypatch.setitem(linecache.cache, "<string>", (1, None, ["assert True\n"] * 999, "<string>"))
+    assert seams.look(target, path) == entry
+
+    def missing(function: object) -> str:
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(inspect, "getsource", missing)
+    loop = seams.look("transformers.trainer", "Trainer._wrap_model")
+    assert loop is not None
+    assert loop["digest"] == seams.digest(seams.generated(loop["parameters"]))
 
 
 def test_the_record_is_of_the_newest_tested_releases() -> None:

@@ -83,9 +83,14 @@ def look(target: str, path: str) -> Entry | None:
     if function.__module__.split(".")[0] != target.split(".")[0]:
         return {"imported": f"{function.__module__}.{function.__qualname__}"}
     parameters = list(inspect.signature(function).parameters)
-    # Python 3.13 would take a program's `-c` for the source of a function that has no file.
-    made = function.__code__.co_filename.startswith("<")
-    source = generated(parameters) if made else inspect.getsource(function)
+    code = getattr(function, "__code__", None)
+    try:
+        # Python 3.13 would take a program's `-c` for the source of a function that has no file.
+        made = code is not None and code.co_filename.startswith("<")
+        source = generated(parameters) if made else inspect.getsource(function)
+    except OSError:
+        # Neither has a release that was installed without its sources.
+        source = generated(parameters)
     return {"parameters": parameters, "digest": digest(source)}
 
 
