@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,6 @@ def laid_out(layer: nn.Linear, method: str) -> nn.Module:
 
 def write(base: str, method: str, folder: Path) -> None:
     """Write a base as the package does: its buffers, and a configuration of transformers."""
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -56,11 +54,7 @@ def write(base: str, method: str, folder: Path) -> None:
             if isinstance(child, nn.Linear):
                 setattr(module, key, laid_out(child, method))
     config = GPTQConfig(4, group_size=GROUP, format="gptq_v2") if method == "gptq" else AwqConfig(4, group_size=GROUP)
-    folder.mkdir()
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    written = {**model.config.to_dict(), "quantization_config": config.to_dict()}
-    (folder / "config.json").write_text(json.dumps(written, default=str))
+    written.save(model, config, folder)
 
 
 def load(base: str, setup: Setup) -> Any:

@@ -116,22 +116,39 @@ LEFT = ("auto-round", "awq", "fbgemm_fp8", "gguf", "gptq", "higgs", "mxfp4", "si
 """Quantizers of transformers 5.24 that go over their layers once all are loaded, or that no test here can load."""
 
 
+def is_taken(kind: Any, *, dequantize: bool = False) -> bool:
+    """Whether bases of a quantizer's class are taken while they are loaded."""
+    quantizer = kind.__new__(kind)
+    quantizer.quantization_config = SimpleNamespace(dequantize=dequantize)
+    return streaming.sets_layers(quantizer)
+
+
 @where("transformers>=5.24")
 def test_quantizers_that_lay_weights_out_later_are_left_alone() -> None:
     """What a quantizer's class does after the loading decides, and no list of those that are taken."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-    configuration = SimpleNamespace(dequantize=False)
-    taken = {}
-    for name, kind in AUTO_QUANTIZER_MAPPING.items():
-        quantizer = kind.__new__(kind)
-        quantizer.quantization_config = configuration
-        taken[name] = streaming.sets_layers(quantizer)
-    assert sorted(name for name, is_taken in taken.items() if not is_taken) == sorted(LEFT)
-    configuration.dequantize = True
-    assert not streaming.sets_layers(quantizer)
-    assert not streaming.sets_layers(SimpleNamespace(quantization_config=configuration))
+    assert sorted(name for name, kind in AUTO_QUANTIZER_MAPPING.items() if not is_taken(kind)) == sorted(LEFT)
+    assert not any(is_taken(kind, dequantize=True) for kind in AUTO_QUANTIZER_MAPPING.values())
     assert not streaming.is_asked(None)
+
+
+def test_a_program_s_quantizer_is_judged_by_what_it_does() -> None:
+    from transformers.quantizers.quantizer_aqlm import AqlmHfQuantizer
+
+    class Later(AqlmHfQuantizer):  # type: ignore[misc]
+        def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
+            return model
+
+    def after(self: Any, model: Any, **kwargs: Any) -> None:
+        """Its class has the name of one of transformers, which is known to do no harm."""
+
+    after.__qualname__ = "Bnb4BitHfQuantizer._process_model_after_weight_loading"
+    namesake = type("Bnb4BitHfQuantizer", (AqlmHfQuantizer,), {after.__qualname__.partition(".")[2]: after})
+    assert is_taken(type("Own", (AqlmHfQuantizer,), {}))
+    assert not is_taken(Later)
+    assert not is_taken(namesake)
+    assert not is_taken(SimpleNamespace)
 
 
 @pytest.mark.parametrize("kind", ["aqlm", "fp8"])

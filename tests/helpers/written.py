@@ -79,15 +79,21 @@ def replace(model: nn.Module, make: Any) -> None:
 
 def write(base: str, method: str, folder: Path) -> None:
     """Write a base with quantized layers."""
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     replace(model, quantizers.REPLACED[LAID_OUT[method]])
+    save(model, CONFIGURED[method](), folder)
+
+
+def save(model: Any, quantization: Any, folder: Path) -> None:
+    """Write a model whose layers are a quantizer's, with the quantizer's configuration."""
+    from safetensors.torch import save_file
+
     folder.mkdir()
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {**model.config.to_dict(), "quantization_config": CONFIGURED[method]().to_dict()}
+    config = {**model.config.to_dict(), "quantization_config": quantization.to_dict()}
     (folder / "config.json").write_text(json.dumps(config, default=str))
 
 

@@ -45,10 +45,11 @@ def is_asked(quantizer: object) -> bool:
 
 
 def sets_layers(quantizer: object) -> bool:
-    """Whether a quantizer's layers are done once their tensors are set. No quantizer is refused or taken by its name.
+    """Whether a quantizer's layers are done once their tensors are set: where its class does nothing to them later.
 
-    Others lay weights out anew for their kernels after the full base was loaded. What is dequantized while it is
-    loaded is none of a quantizer's layers. Theirs is loaded as transformers does it.
+    What three of transformers' classes do then touches no weight. Others lay weights out anew for their kernels after
+    the full base was loaded. What is dequantized while it is loaded is none of a quantizer's layers. Theirs is loaded
+    as transformers does it.
 
     Args:
         quantizer: transformers' HfQuantizer, of its own or of a program's class.
