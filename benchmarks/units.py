@@ -1,6 +1,6 @@
 """Where a step of FSDP goes, and what larger units or prefetching give: torch alone, in one run on two CPU ranks.
 
-    python benchmarks/units.py [--repeat 4] [--steps 6] [--markdown]
+    python benchmarks/units.py [--repeat 8] [--steps 6] [--markdown]
 
 No Trainer and no patch takes part: LoRA on a random Llama of 12 layers, width 512, in fp32, and its adapter ignored by
 FSDP. `compute` is forward and backward of both ranks without FSDP, as DDP computes them. `gathers` are the collectives
@@ -136,7 +136,7 @@ def measure(way: str, steps: int, rank: int) -> Outcome:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=4)
+    parser.add_argument("--repeat", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/measured.md")
     given = parser.parse_args()
