@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer_fsdp_patch.inspecting import inventory
-from trainer_fsdp_patch.loading import streaming
+from trainer_fsdp_patch.loading import reading, streaming
 from trainer_fsdp_patch.packing.packed import none_packed
 from trainer_fsdp_patch.packing.units import has_packed
 from trainer_fsdp_patch.patching.wrapping import Gate, Kwargs
@@ -127,6 +127,21 @@ sharding = Planned(fsdp2.is_sharding)
 def loads_quantized(instance: object, arguments: Kwargs) -> bool:
     """A quantized model is loaded for FSDP by one rank of a machine, as `cpu_ram_efficient_loading` asks."""
     return streaming.is_asked(arguments.get("hf_quantizer"))
+
+
+def reserves_for_quantized(instance: object, arguments: Kwargs) -> bool:
+    """`model` is to be loaded so, and quantized in whatever way."""
+    return streaming.is_launched() and hasattr(getattr(arguments.get("model"), "config", None), "quantization_config")
+
+
+def is_being_read(instance: object, arguments: Kwargs) -> bool:
+    """`model` is such a one, whose tensors transformers sets one after the other."""
+    return reading.is_read(arguments.get("model"))
+
+
+def is_inside_reading(instance: object, arguments: Kwargs) -> bool:
+    """The call is made while such a one is read from a file."""
+    return reading.is_inside()
 
 
 def reads_quantized(instance: object, arguments: Kwargs) -> bool:

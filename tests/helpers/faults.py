@@ -51,11 +51,8 @@ NO_SHARDS = [
 
 def where(*requirements: str) -> pytest.MarkDecorator:
     """Mark of a test whose fault needs other releases beside those of its patch's range."""
-    missing = [
-        requirement
-        for requirement in requirements
-        if not versions.matches(requirement, versions.installed(versions.package_of(requirement)))
-    ]
+    found = {requirement: versions.installed(versions.package_of(requirement)) for requirement in requirements}
+    missing = [name for name, version in found.items() if version is None or not versions.matches(name, version)]
     return pytest.mark.skipif(bool(missing), reason=f"only with {', '.join(missing)}")
 
 

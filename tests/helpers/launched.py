@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import quantizers
+import torch
 import written
 from cells import Setup
+from faults import where
 from ranks import on_ranks
 from test_benchmarks import load as load_benchmark
 
 import trainer_fsdp_patch
+from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.inspecting.leaves import leaves, span
 from trainer_fsdp_patch.loading import moving
 
@@ -47,14 +50,31 @@ KINDS: dict[str, dict[str, Any]] = {
     "torchao": {"quantizer": "torchao-int8"},
     "quanto": {"quantizer": "quanto-int8"},
 }
+LOADS = {
+    # Before, transformers makes an 8-bit weight in a way that today's bitsandbytes refuses.
+    "8bit": where("transformers>=4.50"),
+    "torchao": where("transformers>=4.53", "torchao"),
+    "quanto": where("transformers>=4.53", "optimum-quanto"),
+    "aqlm": where("transformers>=5.9"),
+    "fp8": where("transformers>=5.22"),
+    "own": where("transformers>=5.0"),
+}
+"""With what today's release of a quantizer is loaded; FP8, what is trained."""
+TRAINS = {**LOADS, "torchao": where("transformers>=5.4", "torchao")}
+
+
+def marked(kind: str, needs: dict[str, pytest.MarkDecorator], *before: Any, long: bool = False) -> Any:
+    """A kind as a test's parameter, after others, with the releases that it needs."""
+    marks = [pytest.mark.long] if long else []
+    return pytest.param(*before, kind, marks=[*marks, *([needs[kind]] if kind in needs else [])])
+
+
 READ: dict[str, dict[str, Any]] = {name: {"quantizer": f"written-{name}"} for name in ("aqlm", "fp8", "own")}
 """Bases that are quantized already; the last by a quantizer of a program, with its weights in buffers."""
 
 
 def ranks_load(base: str, setup: Setup, patched: bool, then: Callable[[Any, int], Any]) -> list[Any]:
     """What a function gives of a base that each of two ranks has loaded."""
-    if setup.quantizer.startswith("quanto"):
-        pytest.importorskip("optimum.quanto")
 
     def child(rank: int) -> Any:
         if patched:
@@ -65,6 +85,25 @@ def ranks_load(base: str, setup: Setup, patched: bool, then: Callable[[Any, int]
         return {"peak": meter.peak, "live": meter.live, **result}
 
     return on_ranks(child, 2)
+
+
+def reserved(base: str, patched: bool) -> set[str]:
+    """What each rank says where it reserves an accelerator's memory for a base; stock asks for what is free."""
+
+    def reserve(model: Any, rank: int) -> dict[str, str]:
+        from transformers import modeling_utils
+
+        os.environ.update(LAUNCHED)
+        places = {name: torch.device("cuda") for name, _ in model.named_parameters()}
+        more = [model.hf_quantizer] if versions.at_least("transformers", "4.52.0") else []
+        try:
+            modeling_utils.caching_allocator_warmup(model, places, *more)
+        except (AssertionError, RuntimeError) as error:
+            return {"said": type(error).__name__}
+        return {"said": ""}
+
+    setup = Setup("f2", ram_efficient=True, dtype="bfloat16", storage="uint8")
+    return {result["said"] for result in ranks_load(base, setup, patched, reserve)}
 
 
 def quantized_layers(model: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import functools
 import io
 import os
 import re
@@ -110,7 +111,7 @@ def fault(fence: Fence) -> str:
     if kind == "not run":
         return "" if reason.strip() else "a block that is not run says why"
     if fence.language == "python":
-        return run([sys.executable, "-c", fence.text])
+        return _python_fault(fence.text)
     if fence.language in ("sh", "console", "bash"):
         return "; ".join(filter(None, map(command_fault, commands(fence.text))))
     if fence.language == "text":
@@ -119,6 +120,12 @@ def fault(fence: Fence) -> str:
             return "nothing says what prints it, and what holds it"
         return command_fault(held[1]) or ("" if (ROOT / held[2]).is_file() else f"no {held[2]}")
     return f"no check knows blocks of {fence.language or 'no language'}"
+
+
+@functools.cache
+def _python_fault(text: str) -> str:
+    """How a block fails, or "". A translation has the same blocks as its page, and each is run once."""
+    return run([sys.executable, "-c", text])
 
 
 def run(command: list[str]) -> str:
@@ -147,8 +154,9 @@ def commands(text: str) -> Iterator[str]:
                 start = place + 1
 
 
+@functools.cache
 def command_fault(command: str) -> str:
-    """What a command names that does not exist, or ""; cheap ones are run."""
+    """What a command names that does not exist, or ""; cheap ones are run, once however many pages have them."""
     words = shlex.split(command)
     words = words[: words.index(">")] if ">" in words else words
     while words and re.fullmatch(r"\w+=.*", words[0]):

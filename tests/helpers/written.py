@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import quantizers
 import torch
 from cells import Setup
 from torch import nn
+
+from trainer_fsdp_patch.testing import releases
 
 KEPT = ["k_proj", "v_proj", "up_proj", "down_proj", "lm_head"]
 """Layers that are not quantized."""
@@ -81,7 +84,7 @@ def write(base: str, method: str, folder: Path) -> None:
     """Write a base with quantized layers."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, **{releases.dtype_argument(): torch.bfloat16})
     replace(model, quantizers.REPLACED[LAID_OUT[method]])
     save(model, CONFIGURED[method](), folder)
 
@@ -116,17 +119,23 @@ def by_the_first(folder: Path, make: Callable[[Path], None]) -> None:
 def load(base: str, setup: Setup) -> Any:
     """Load a base that is quantized as the set-up has it; the first rank writes it where there is none."""
     from transformers import AutoModelForCausalLM
-    from transformers.integrations import finegrained_fp8
-    from transformers.quantizers import quantizer_finegrained_fp8 as fp8
 
     method = setup.quantizer.partition("-")[2]
     folder = Path(f"{base}-{method}")
     by_the_first(folder, lambda place: write(base, method, place))
     CONFIGURED[method]()
-    # Without a GPU transformers dequantizes FP8. Its kernel needs one, and this forward does without.
-    finegrained_fp8.FP8Linear.forward = _on_cpu  # type: ignore[method-assign]
-    with mock.patch.object(fp8.FineGrainedFP8HfQuantizer, "validate_environment"):
+    with _fp8_on_cpu() if method == "fp8" else contextlib.nullcontext():
         # `quantization_config=None`, as other bases are loaded with, is more to transformers than what the file says.
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16, attn_implementation="eager")
+        kind = {releases.dtype_argument(): torch.bfloat16}
+        model = AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation="eager", **kind)
     model.config.use_cache = False
     return model
+
+
+def _fp8_on_cpu() -> Any:
+    """Without a GPU transformers dequantizes FP8. Its kernel needs one, and this forward does without."""
+    from transformers.integrations import finegrained_fp8
+    from transformers.quantizers import quantizer_finegrained_fp8 as fp8
+
+    finegrained_fp8.FP8Linear.forward = _on_cpu  # type: ignore[method-assign]
+    return mock.patch.object(fp8.FineGrainedFP8HfQuantizer, "validate_environment")

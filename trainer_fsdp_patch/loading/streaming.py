@@ -6,10 +6,9 @@ bytes in main memory, and the others keep none: FSDP or `restoring` hands them o
 
 from __future__ import annotations
 
-import contextlib
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.loading import moving
@@ -21,35 +20,46 @@ if TYPE_CHECKING:
 _HOOK = "_process_model_after_weight_loading"
 """What a quantizer does to layers once the full base is loaded; transformers calls it from `postprocess_model`."""
 
-_HARMLESS = frozenset({"Bnb4BitHfQuantizer", "Bnb8BitHfQuantizer", "FineGrainedFP8HfQuantizer"})
-"""transformers' classes whose hook reads no weight: it sets flags, or tells layers how to read their scales."""
+_HARMLESS = frozenset(
+    {
+        "Bnb4BitHfQuantizer",
+        "Bnb8BitHfQuantizer",
+        "FineGrainedFP8HfQuantizer",
+        "QuantoHfQuantizer",
+        "TorchAoHfQuantizer",
+    }
+)
+"""transformers' classes whose hook needs no bytes: it does nothing, sets flags, or gives scales another type."""
 
-_SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"
-"""transformers' variable: its threads would fill the accelerator faster than layers leave it."""
+_LATER = "autoquant"
+"""torchao's type that is chosen for each layer once the full base is loaded, in transformers 4.50 to 5.0."""
 
 _LOADED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Layers that were loaded so, on every rank, whether their bytes are here or not."""
 
 
+def is_launched() -> bool:
+    """Whether models are loaded for FSDP by one rank of a machine, as transformers has it."""
+    from transformers.modeling_utils import is_fsdp_enabled
+
+    return bool(is_fsdp_enabled())
+
+
 def is_asked(quantizer: object) -> bool:
-    """Whether a model is loaded for FSDP by one rank of a machine, quantized in a way that allows it.
+    """Whether a model is loaded so, and quantized in a way that allows it.
 
     Args:
         quantizer: transformers' HfQuantizer, or None.
     """
-    if quantizer is None:
-        return False
-    from transformers.integrations import is_fsdp_enabled
-
-    return bool(is_fsdp_enabled()) and sets_layers(quantizer)
+    return quantizer is not None and is_launched() and sets_layers(quantizer)
 
 
 def sets_layers(quantizer: object) -> bool:
     """Whether a quantizer's layers are done once their tensors are set: where its class does nothing to them later.
 
-    What three of transformers' classes do then touches no weight. Others lay weights out anew for their kernels after
-    the full base was loaded. What is dequantized while it is loaded is none of a quantizer's layers. Theirs is loaded
-    as transformers does it.
+    What some of transformers' classes do then needs no weight's bytes. Others lay weights out anew for their kernels
+    after the full base was loaded. What is dequantized while it is loaded is none of a quantizer's layers. Theirs is
+    loaded as transformers does it.
 
     Args:
         quantizer: transformers' HfQuantizer, of its own or of a program's class.
@@ -64,27 +74,15 @@ def sets_layers(quantizer: object) -> bool:
     if hook is getattr(HfQuantizer, _HOOK):
         return True
     upstream = getattr(hook, "__module__", "").startswith("transformers.quantizers.")
-    return upstream and getattr(hook, "__qualname__", "").partition(".")[0] in _HARMLESS
+    if not upstream or getattr(quantizer.quantization_config, "quant_type", None) == _LATER:
+        return False
+    return getattr(hook, "__qualname__", "").partition(".")[0] in _HARMLESS
 
 
 def _function(quantizer: object, name: str) -> object:
     """What a method of an object runs, whether its class or the object itself has it."""
     method = getattr(quantizer, name)
     return getattr(method, "__func__", method)
-
-
-@contextlib.contextmanager
-def one_by_one() -> Iterator[None]:
-    """Have transformers load one tensor after the other."""
-    before = os.environ.get(_SEQUENTIAL)
-    os.environ[_SEQUENTIAL] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_SEQUENTIAL]
-        else:
-            os.environ[_SEQUENTIAL] = before
 
 
 def settle(model: PreTrainedModel, name: str) -> None:

@@ -7,16 +7,16 @@ from typing import Any
 import launched
 import pytest
 from cells import Bench, Setup
-from faults import packed, where
-from launched import KINDS, quantized_bytes, quantized_layers, ranks_load
+from faults import packed
+from launched import KINDS, LOADS, marked, quantized_bytes, quantized_layers, ranks_load
 
 from trainer_fsdp_patch.inspecting.leaves import leaves
 from trainer_fsdp_patch.loading import moving
 
-pytestmark = [packed, where("peft>=0.20", "transformers>=5.16", "accelerate>=1.15")]
+pytestmark = packed
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "4bit-bf16"])
+@pytest.mark.parametrize("kind", [marked(kind, LOADS) for kind in KINDS if kind != "4bit-bf16"])
 def test_one_rank_has_the_bytes(bench: Bench, kind: str) -> None:
     """Of stock both do. What the other one allocates at once is a layer, and what is not quantized."""
     setup = Setup(f"f2-{kind}", ram_efficient=True, dtype="bfloat16", **KINDS[kind])

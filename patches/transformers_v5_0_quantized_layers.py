@@ -14,17 +14,13 @@ from trainer_fsdp_patch.patching.wrapping import Args, Kwargs, Wrapped, argument
 
 patch = Patch(
     __name__,
-    versions="transformers>=5.16.dev0",
+    versions="transformers>=5.0.dev0",
     target="transformers.core_model_loading",
-    needs=("transformers_v5_16_quantized_reading", "accelerate_v0_30_quantized_layers"),
+    needs=("transformers_v5_0_quantized_reading", "accelerate_v0_30_quantized_layers"),
 )
 
 
-@patch.wrap(
-    "set_param_for_module",
-    "model", "target_name", "param_value", "loading_info", "hf_quantizer",
-    only=gates.loads_quantized,
-)  # fmt: skip
+@patch.wrap("set_param_for_module", "model", "target_name", "param_value", "...", only=gates.is_being_read)
 def take_off(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
     """The tensor is set where upstream has it, then its layer is moved."""
     result = wrapped(*args, **kwargs)
@@ -32,11 +28,7 @@ def take_off(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> 
     return result
 
 
-@patch.wrap(
-    "WeightRenaming.convert",
-    "self", "layer_name", "model", "config", "hf_quantizer", "loading_info",
-    only=gates.loads_quantized,
-)  # fmt: skip
+@patch.wrap("WeightRenaming.convert", "self", "layer_name", "model", "...", only=gates.is_being_read)
 def take_off_converted(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
     """Some quantizers put a weight into its layer while it is converted."""
     result = wrapped(*args, **kwargs)
