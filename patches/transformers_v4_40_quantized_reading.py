@@ -1,4 +1,4 @@
-"""Takes each layer of a quantized base off the accelerator as it is read; one rank of a machine keeps its bytes.
+"""Takes each quantized layer off the accelerator as it is read; one rank of a machine keeps its bytes.
 
 Area: Start-up
 Issue: https://github.com/huggingface/accelerate/issues/3983

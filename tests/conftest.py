@@ -67,7 +67,7 @@ def ways(bench: Bench) -> Ways:
     return Ways(bench)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def python() -> Callable[..., str]:
     """Runs a program in a fresh interpreter, from the repository root, and returns what it prints."""
 

@@ -134,7 +134,7 @@ def test_the_counts_of_budgets_are_those_of_the_page(monkeypatch: pytest.MonkeyP
 
 
 @of_these_releases
-@pytest.mark.parametrize(("name", "fsdp"), [("LoRA", 1), ("QVeRA", 2)])
+@pytest.mark.parametrize(("name", "fsdp"), [("LoRA", 1), pytest.param("QVeRA", 2, marks=pytest.mark.long)])
 def test_the_counts_next_to_ddp_and_one_process_are_those_of_the_page(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, fsdp: int
 ) -> None:

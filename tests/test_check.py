@@ -329,9 +329,10 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.long)]
-)
+KILLS = (signal.SIGTERM, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *(pytest.param(kill, marks=pytest.mark.long) for kill in KILLS)])
 def test_an_interrupted_check_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     mark = uuid.uuid4().hex
     # A shell has what it starts in the background ignore SIGINT, and so would this one's child.

@@ -31,12 +31,29 @@ def test_check_is_right_in_every_set_up() -> None:
     assert finished.stdout.splitlines()[-1] == "6 of 6 right"
 
 
-def test_status_as_json_and_as_a_table(python: Callable[..., str]) -> None:
-    code = "import sys; from trainer_fsdp_patch import cli; sys.exit(cli.main(['status'%s]))"
-    found = json.loads(python(code % ", '--json'").splitlines()[-1])
+STATUSES = """
+import contextlib, io, json
+from trainer_fsdp_patch import cli
+def said(*options):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.main(["status", *options]) == 0
+    return out.getvalue()
+print(json.dumps([said(), said("--all"), said("--json")]))
+"""
+
+
+@pytest.fixture(scope="module")
+def statuses(python: Callable[..., str]) -> list[str]:
+    """What `status` prints: what concerns this installation, all, and as JSON. One program imports the targets."""
+    said: list[str] = json.loads(python(STATUSES).splitlines()[-1])
+    return said
+
+
+def test_status_as_json_and_as_a_table(statuses: list[str]) -> None:
+    table, _, as_json = statuses
+    found = json.loads(as_json.splitlines()[-1])
     assert {patch["state"] for patch in found["patches"] if "is outside" not in patch["reason"]} == {"applied"}
     assert set(found["installed"]) == {"accelerate", "bitsandbytes", "peft", "torch", "transformers"}
-    table = python(code % "")
     assert "accelerate_v1_8_autocast" in table.replace("\n", "")
 
 
@@ -117,9 +134,8 @@ def test_only_seams_is_marked_as_the_maintainers() -> None:
     assert [name for name, command in cli.COMMANDS.items() if "maintainers" in command.help] == ["seams"]
 
 
-def test_status_shows_what_concerns_this_installation_and_a_summary(python: Callable[..., str]) -> None:
-    code = "import sys; from trainer_fsdp_patch import cli; sys.exit(cli.main(['status'%s]))"
-    short, full = (python(code % extra).replace("\n", "") for extra in ("", ", '--all'"))
+def test_status_shows_what_concerns_this_installation_and_a_summary(statuses: list[str]) -> None:
+    short, full = (text.replace("\n", "") for text in statuses[:2])
     assert "accelerate_v1_8_autocast" in short
     assert "accelerate_v0_30_checkpoint" not in short
     assert "accelerate_v0_30_checkpoint" in full

@@ -86,7 +86,7 @@ def test_activations_of_every_architecture_and_set_up() -> None:
         check_margin(forked(estimates.measure, name, method, amp, checkpointing), checkpointing)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.long), True])
 @pytest.mark.parametrize("name", estimates.configurations())
 def test_layers_that_are_folded_take_what_all_of_them_take(name: str, checkpointing: bool) -> None:
     with making.quiet():

@@ -128,6 +128,7 @@ def test_seq2seq_t5_with_a_model_and_data_of_the_users(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
 
 
+@pytest.mark.long
 @where("transformers>=5.10.dev0", "torch>=2.6.dev0")
 def test_an_existing_project_by_accelerate_launch(tmp_path: Path) -> None:
     site = tmp_path / "site"

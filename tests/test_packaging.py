@@ -103,7 +103,7 @@ def test_the_sdist_holds_every_patch(built: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("how", ["wheel", "editable", "editable-strict"])
+@pytest.mark.parametrize("how", ["wheel", pytest.param("editable", marks=pytest.mark.long), "editable-strict"])
 def test_installed(built: Path, tmp_path: Path, how: str) -> None:
     venv.create(tmp_path / "v", with_pip=True, system_site_packages=False)
     interpreter = tmp_path / "v/bin/python"

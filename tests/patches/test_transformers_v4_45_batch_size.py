@@ -22,7 +22,7 @@ def test_canary() -> None:
 def test_one_rank_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the patch the two ranks go on in different steps."""
     monkeypatch.setattr(batch_size, "PATIENCE", 2.0)
-    monkeypatch.setattr(forks, "TIMEOUT", 20.0)
+    monkeypatch.setattr(forks, "TIMEOUT", 12.0)
     scene, setup = Scene(bench), Setup("f1", fsdp=1)
     with monkeypatch.context() as context:
         context.setenv(registry.DISABLE, "transformers_v4_45_batch_size")

@@ -121,7 +121,7 @@ class Session:
             raise TrainerFsdpPatchError(
                 "tests/programs/gpu.py", f"torch {found['packages']['torch']} sees no accelerator that can train ranks"
                 if device != "cpu" else f"{found['kind']} devices that cannot be hidden from it", "Nothing was run",
-                "Run it where torch.accelerator.is_available() is true, or add `--device cpu`"
+                "Run it where torch.accelerator.is_available() is true, or add `--device cpu` (nox: after `--`)"
                 if device != "cpu" else "Leave `--device cpu` out",
             )  # fmt: skip
         return found
