@@ -19,7 +19,6 @@ from pathlib import Path
 import quantized
 import quantizers  # found by way of `quantized`
 import torch
-import written  # found by way of `quantized`
 from adapter_step import lora
 from allocations import Allocations
 from tables import show
@@ -29,13 +28,7 @@ from trainer_fsdp_patch.testing.case import Outcome, Setup
 
 LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 """What `accelerate launch` sets where one rank of a machine is to load."""
-KINDS = {
-    **{kind: asked for kind, asked in quantized.KINDS.items() if kind not in quantizers.REPLACED},
-    "4bit, quantized before": {"storage": "uint8"},
-    "aqlm, quantized before": {"quantizer": "written-aqlm"},
-    "fp8, quantized before": {"quantizer": "written-fp8"},
-}
-"""AQLM and FP8 have three of a layer's seven weights."""
+KINDS = {**quantized.KINDS, "4bit, quantized before": {"storage": "uint8"}}
 HEADS = ["FSDP", "ranks", "base", "quantized bytes", "rank 0, stock", "rank 0", "last rank, stock", "last rank"]
 
 
@@ -48,8 +41,6 @@ def write_base(folder: Path, layers: int) -> str:
     LlamaForCausalLM(LlamaConfig(vocab_size=trial.VOCABULARY, **sizes)).to(torch.bfloat16).save_pretrained(folder)
     four = Setup("one", fsdp=0, dtype="bfloat16", **KINDS["4bit"])
     quantizers.load(str(folder), four, AutoModelForCausalLM).save_pretrained(folder / "4bit")
-    for method in ("aqlm", "fp8"):
-        written.write(str(folder), method, Path(f"{folder}-{method}"))
     return str(folder)
 
 
@@ -59,9 +50,7 @@ def loaded(kind: str, setup: Setup, base: str):
 
     before = dict(os.environ)
     os.environ.update(LAUNCHED)
-    if setup.quantizer.startswith("written"):
-        model = written.load(base, setup)
-    elif kind.endswith("before"):
+    if kind.endswith("before"):
         model = AutoModelForCausalLM.from_pretrained(f"{base}/4bit", attn_implementation="eager")
     else:
         model = quantizers.load(base, setup, AutoModelForCausalLM)
@@ -114,7 +103,8 @@ def row(kind: str, fsdp: int, ranks: int, base: str) -> list[str]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    able = [kind for kind in KINDS if kind not in ("hqq", "gptq")]
+    parser.add_argument("--kinds", nargs="+", choices=able, default=able)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/quantized-bases.md")
