@@ -55,7 +55,7 @@ LOADS = {
     "8bit": where("transformers>=4.50"),
     "torchao": where("transformers>=4.53", "torchao"),
     "quanto": where("transformers>=4.53", "optimum-quanto"),
-    "aqlm": where("transformers>=5.9"),
+    "aqlm": where("transformers>=5.9", "aqlm"),
     "fp8": where("transformers>=5.22"),
     "own": where("transformers>=5.0"),
 }
