@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from test_benchmarks import load as load_benchmark
 from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.inspecting.leaves import leaves
-from trainer_fsdp_patch.loading import moving, restoring, streaming
+from trainer_fsdp_patch.loading import moving, reading, restoring, streaming
 from trainer_fsdp_patch.names import PACKED
 from trainer_fsdp_patch.packing import choosing
 from trainer_fsdp_patch.testing import cpu, forks
@@ -185,6 +187,32 @@ def test_a_program_s_quantizer_that_turns_weights_later_turns_them_on_every_rank
     outcome = trial.run(setup, lora, bench.base, tmp_path / "ranks")
     verdict = compare(outcome, one, setup)
     assert verdict.right, (verdict.error, outcome.extra.get("traceback"))
+
+
+def test_files_that_are_read_at_once_leave_nothing_on_the_quantizer() -> None:
+    """transformers before 5.0 reads files in threads where HF_ENABLE_PARALLEL_LOADING asks for it."""
+    created: list[str] = []
+
+    class Quantizer:
+        def create_quantized_param(self, model: Any, value: Any, name: str) -> None:
+            created.append(name)
+
+    quantizer: Any = Quantizer()
+    model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+
+    def read(name: str, meanwhile: float) -> None:
+        with reading.settled(model, quantizer):
+            time.sleep(meanwhile)
+            quantizer.create_quantized_param(model, None, name)
+
+    threads = [threading.Thread(target=read, args=case) for case in (("0.weight", 0.3), ("1.weight", 0.0))]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    assert created == ["0.weight", "1.weight"]
+    assert vars(quantizer) == {}
 
 
 def test_the_same_bytes_under_two_names_stay_the_same() -> None:

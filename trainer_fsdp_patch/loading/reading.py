@@ -78,16 +78,17 @@ def settled(model: PreTrainedModel, quantizer: HfQuantizer) -> Iterator[None]:
         model: that is read.
         quantizer: its own. Its method is another one inside.
     """
-    create, before = getattr(quantizer, _MOVES), vars(quantizer).get(_MOVES)
     layers = [name for name, _ in model.named_modules()]
     known = frozenset(layers)
-
-    def moves(owner: PreTrainedModel, value: object, name: str, *args: Any, **kwargs: Any) -> object:
-        result = create(owner, value, name, *args, **kwargs)
-        streaming.settle(model, f"{_layer_of(name, known)}.")
-        return result
-
+    # Looked up in turn: another thread's method would be taken for the quantizer's own, and left there.
     with _TURN:
+        create, before = getattr(quantizer, _MOVES), vars(quantizer).get(_MOVES)
+
+        def moves(owner: PreTrainedModel, value: object, name: str, *args: Any, **kwargs: Any) -> object:
+            result = create(owner, value, name, *args, **kwargs)
+            streaming.settle(model, f"{_layer_of(name, known)}.")
+            return result
+
         vars(quantizer)[_MOVES] = moves
         token = _inside.set(True)
         try:
@@ -97,9 +98,9 @@ def settled(model: PreTrainedModel, quantizer: HfQuantizer) -> Iterator[None]:
             del vars(quantizer)[_MOVES]
             if before is not None:
                 vars(quantizer)[_MOVES] = before
-    # What is not quantized was set without the method.
-    for name in layers:
-        streaming.settle(model, f"{name}.")
+        # What is not quantized was set without the method.
+        for name in layers:
+            streaming.settle(model, f"{name}.")
 
 
 def _layer_of(name: str, layers: Collection[str]) -> str:
