@@ -1,4 +1,4 @@
-"""Reads a quantized base tensor by tensor, and reserves no accelerator memory for all of it, where layers leave it.
+"""Reads a quantized base tensor by tensor, where each layer leaves the accelerator once it is loaded.
 
 Area: Start-up
 Issue: https://github.com/huggingface/accelerate/issues/3983
@@ -24,13 +24,3 @@ def read_in_turn(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs)
     """Threads would load faster than layers are moved."""
     with reading.in_turn(argument(args, kwargs, 0, "model")):
         return wrapped(*args, **kwargs)
-
-
-@patch.wrap(
-    "caching_allocator_warmup",
-    "model", "expanded_device_map", "hf_quantizer",
-    only=gates.loads_quantized,
-)  # fmt: skip
-def reserve_nothing(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
-    """Upstream reserves the bytes of the whole base at once."""
-    return None

@@ -129,11 +129,6 @@ def loads_quantized(instance: object, arguments: Kwargs) -> bool:
     return streaming.is_asked(arguments.get("hf_quantizer"))
 
 
-def reserves_for_quantized(instance: object, arguments: Kwargs) -> bool:
-    """`model` is to be loaded so, and quantized in whatever way."""
-    return streaming.is_launched() and hasattr(getattr(arguments.get("model"), "config", None), "quantization_config")
-
-
 def is_being_read(instance: object, arguments: Kwargs) -> bool:
     """`model` is such a one, whose tensors transformers sets one after the other."""
     return reading.is_read(arguments.get("model"))

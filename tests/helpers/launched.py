@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import quantizers
-import torch
 import written
 from cells import Setup
 from faults import where
@@ -16,7 +15,6 @@ from ranks import on_ranks
 from test_benchmarks import load as load_benchmark
 
 import trainer_fsdp_patch
-from trainer_fsdp_patch import versions
 from trainer_fsdp_patch.inspecting.leaves import leaves, span
 from trainer_fsdp_patch.loading import moving
 
@@ -85,25 +83,6 @@ def ranks_load(base: str, setup: Setup, patched: bool, then: Callable[[Any, int]
         return {"peak": meter.peak, "live": meter.live, **result}
 
     return on_ranks(child, 2)
-
-
-def reserved(base: str, patched: bool) -> set[str]:
-    """What each rank says where it reserves an accelerator's memory for a base; stock asks for what is free."""
-
-    def reserve(model: Any, rank: int) -> dict[str, str]:
-        from transformers import modeling_utils
-
-        os.environ.update(LAUNCHED)
-        places = {name: torch.device("cuda") for name, _ in model.named_parameters()}
-        more = [model.hf_quantizer] if versions.at_least("transformers", "4.52.0") else []
-        try:
-            modeling_utils.caching_allocator_warmup(model, places, *more)
-        except (AssertionError, RuntimeError) as error:
-            return {"said": type(error).__name__}
-        return {"said": ""}
-
-    setup = Setup("f2", ram_efficient=True, dtype="bfloat16", storage="uint8")
-    return {result["said"] for result in ranks_load(base, setup, patched, reserve)}
 
 
 def quantized_layers(model: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Without the patch threads fill a rank faster than layers leave it, and the whole base's bytes are reserved."""
+"""Without the patch threads fill a rank faster than layers leave it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import quantizers
 import torch
 from cells import Bench, Setup
 from faults import packed
-from launched import load, quantized_bytes, ranks_load, reserved
+from launched import load, quantized_bytes, ranks_load
 from ranks import on_ranks
 
 from trainer_fsdp_patch.loading import restoring, streaming
@@ -75,8 +75,3 @@ def test_one_tensor_is_read_after_the_other(quantized: str, patched: bool) -> No
     finally:
         reading.ThreadPoolExecutor = upstream  # type: ignore[misc]
     assert [result["pools"] for result in results] == [0 if patched else 1] * 2
-
-
-@pytest.mark.parametrize("patched", [False, True])
-def test_no_memory_is_reserved_for_all_of_it(bench: Bench, patched: bool) -> None:
-    assert (reserved(bench.base, patched) == {""}) is patched

@@ -38,20 +38,17 @@ _LOADED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Layers that were loaded so, on every rank, whether their bytes are here or not."""
 
 
-def is_launched() -> bool:
-    """Whether models are loaded for FSDP by one rank of a machine, as transformers has it."""
-    from transformers.modeling_utils import is_fsdp_enabled
-
-    return bool(is_fsdp_enabled())
-
-
 def is_asked(quantizer: object) -> bool:
-    """Whether a model is loaded so, and quantized in a way that allows it.
+    """Whether a model is loaded for FSDP by one rank of a machine, quantized in a way that allows it.
 
     Args:
         quantizer: transformers' HfQuantizer, or None.
     """
-    return quantizer is not None and is_launched() and sets_layers(quantizer)
+    if quantizer is None:
+        return False
+    from transformers.modeling_utils import is_fsdp_enabled
+
+    return bool(is_fsdp_enabled()) and sets_layers(quantizer)
 
 
 def sets_layers(quantizer: object) -> bool:
