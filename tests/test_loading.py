@@ -215,6 +215,18 @@ def test_files_that_are_read_at_once_leave_nothing_on_the_quantizer() -> None:
     assert vars(quantizer) == {}
 
 
+def test_what_a_file_has_of_other_layers_leaves_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer is settled when its tensor is set, and all of them once more after the file. A CPU shows no move."""
+    settled: list[str] = []
+    monkeypatch.setattr(streaming, "settle", lambda model, name: settled.append(name))
+    model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    quantizer: Any = SimpleNamespace(create_quantized_param=lambda model, value, name: None)
+    with reading.settled(model, quantizer):
+        quantizer.create_quantized_param(model, None, "0.weight.absmax")
+        assert settled == ["0."]
+    assert settled[1:] == [".", "0.", "1."]
+
+
 def test_the_same_bytes_under_two_names_stay_the_same() -> None:
     """8-bit layers have their weight as `CB` too; what is moved to meta and back is one memory."""
     layer = torch.nn.Module()

@@ -129,6 +129,11 @@ def loads_quantized(instance: object, arguments: Kwargs) -> bool:
     return streaming.is_asked(arguments.get("hf_quantizer"))
 
 
+def reads_quantized(instance: object, arguments: Kwargs) -> bool:
+    """The same, where the quantizer is a part of the argument `load_config`."""
+    return streaming.is_asked(getattr(arguments.get("load_config"), "hf_quantizer", None))
+
+
 def is_being_read(instance: object, arguments: Kwargs) -> bool:
     """`model` is such a one, whose tensors transformers sets one after the other."""
     return reading.is_read(arguments.get("model"))
@@ -137,11 +142,6 @@ def is_being_read(instance: object, arguments: Kwargs) -> bool:
 def is_inside_reading(instance: object, arguments: Kwargs) -> bool:
     """The call is made while such a one is read from a file."""
     return reading.is_inside()
-
-
-def reads_quantized(instance: object, arguments: Kwargs) -> bool:
-    """The same, where the quantizer is a part of the argument `load_config`."""
-    return streaming.is_asked(getattr(arguments.get("load_config"), "hf_quantizer", None))
 
 
 def quantized_waits(instance: object, arguments: Kwargs) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import launched
 import pytest
 from cells import Bench, Setup
-from faults import packed
+from faults import packed, where
 from launched import KINDS, LOADS, marked, quantized_bytes, quantized_layers, ranks_load
 
 from trainer_fsdp_patch.inspecting.leaves import leaves
-from trainer_fsdp_patch.loading import moving
+from trainer_fsdp_patch.loading import moving, streaming
 
 pytestmark = packed
 
@@ -45,6 +46,17 @@ def test_without_it_8_bit_weights_stay_under_their_second_name(bench: Bench, kin
 def test_without_it_tensors_of_other_classes_are_not_loaded(bench: Bench, kind: str) -> None:
     with pytest.raises(AssertionError, match="TypeError"):
         ranks_load(bench.base, setup_of(kind), False, bytes_of)
+
+
+@where("transformers>=4.50")
+def test_what_torchao_chooses_once_all_is_loaded_is_left_alone() -> None:
+    """Its other types are done by then. The class is the same."""
+    from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+    quantizer: Any = TorchAoHfQuantizer.__new__(TorchAoHfQuantizer)
+    for kind, taken in (("int8_weight_only", True), ("autoquant", False)):
+        quantizer.quantization_config = SimpleNamespace(quant_type=kind)
+        assert streaming.sets_layers(quantizer) is taken
 
 
 def test_nothing_is_left_on_the_quantizer_and_upstream_s_answer_is_its_own(bench: Bench) -> None:
