@@ -6,8 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 from cells import METHODS, Bench, Setup, trial
+from faults import where
 
 from trainer_fsdp_patch import sizes
 from trainer_fsdp_patch.announcing import start
@@ -58,7 +60,8 @@ def listened(setup: Setup, base: str, folder: str, level: str | None, rank: int)
             per_step.append(len(counts))
 
     torch.manual_seed(0)
-    model = METHODS["lora"](trial.load_base(base, setup))
+    native = setup.name == "native"
+    model = METHODS["lora"](checkpoints.load_natively(base, 2) if native else trial.load_base(base, setup))
     rows = trial.dataset(trial.STEPS * trial.BATCH)
     trainer = Trainer(model=model, args=given, train_dataset=rows, eval_dataset=rows, callbacks=[Steps()])
     if setup.name != "stock":
@@ -69,7 +72,7 @@ def listened(setup: Setup, base: str, folder: str, level: str | None, rank: int)
     prepared = prepared_for(model)
     extra: dict[str, Any] = {"before": before, "lines": lines.kept, "gathers": per_step}
     if prepared is not None:
-        extra |= {"line": start.line(prepared.plan), "plan": prepared.plan.traffic}
+        extra |= {"line": start.line(prepared), "plan": prepared.plan.traffic}
     return Outcome(extra=extra)
 
 
@@ -90,6 +93,14 @@ def test_rank_0_says_one_line_when_training_starts(bench: Bench, tmp_path: Path,
     # The first step of FSDP1 sets itself up, and an evaluation left units as they were.
     assert first["gathers"][-1] == first["plan"][0]
     assert f"gather {first['plan'][0]} units" in first["line"]
+
+
+@where("transformers>=5.15.dev0")
+def test_a_base_that_transformers_has_sharded_has_its_line_too(bench: Bench, tmp_path: Path) -> None:
+    first, second = heard(bench, Setup("native", fsdp=0), tmp_path)
+    assert (first["before"], first["lines"], second["lines"]) == ([], [f"trainer_fsdp_patch: {first['line']}"], [])
+    assert first["line"].startswith("transformers shards ")
+    assert "over 2 ranks" in first["line"]
 
 
 def test_a_user_silences_it_as_any_line_of_transformers(bench: Bench, tmp_path: Path) -> None:

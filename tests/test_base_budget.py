@@ -11,7 +11,7 @@ import architectures
 import checkpoints
 import pytest
 from cells import METHODS, Bench, Setup, trial
-from faults import FLAVOURS, packed
+from faults import FLAVOURS, fsdp2, packed
 from test_plan import llama
 
 import trainer_fsdp_patch
@@ -52,6 +52,33 @@ def test_any_budget_trains_what_one_process_does(deep: Bench, method: str, fsdp:
     assert outcome.collectives == [COLLECTIVES[fsdp][budget]] * trial.STEPS
     assert outcome.footprint is not None
     assert dataclasses.replace(outcome.footprint, collectives=None) == outcome.planned
+
+
+BEGINS = [
+    ("gpt2 lora", Setup("f1", fsdp=1, budget="80%", amp="bf16")),
+    ("gpt2 lora", Setup("f2 root", fsdp=2, budget="60%", amp="bf16", wrap="none")),
+    ("bert lora", Setup("f1 size", fsdp=1, budget="60%", amp="bf16", wrap="size")),
+    ("llava lora", Setup("f2", fsdp=2, budget="30%", amp="bf16")),
+]
+"""Embeddings of its own class, of the root, under a name of the head's, and of a part of the model."""
+
+
+@pytest.mark.parametrize(("method", "setup"), [cell for cell in BEGINS if cell[1].fsdp in FLAVOURS])
+def test_under_mixed_precision_a_forward_begins_in_a_unit(bench: Bench, method: str, setup: Setup) -> None:
+    """Where embeddings alone stayed full, what they gave had another dtype than the layers, and a norm refused it."""
+    assert bench.cell(method, setup, patched=True)[1].error == ""
+    whole = dataclasses.replace(setup, name=f"{setup.name} whole", budget="100%")
+    outcome, verdict = bench.cell(method, whole, patched=True)
+    assert (verdict.error, outcome.footprint.sharded if outcome.footprint else None) == ("", 0)
+
+
+@fsdp2
+@pytest.mark.parametrize("efficient", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_layers_that_read_their_weight_to_save_it_stay_full(deep: Bench, efficient: bool) -> None:
+    """quanto's; accelerate takes a state dict while FSDP2 does not see what stays full."""
+    pytest.importorskip("optimum.quanto", reason="optimum-quanto comes with the extra clients")
+    setup = Setup("f2 quanto", fsdp=2, budget="60%", quantizer="quanto-int8", ram_efficient=efficient)
+    assert deep.cell("lora", setup, patched=True)[1].error == ""
 
 
 @packed

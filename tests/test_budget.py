@@ -59,6 +59,24 @@ def test_what_several_units_share_is_replicated() -> None:
     assert not any("vector_bank" in name for name in found)
 
 
+LEARNERS = ("prompt", "prefix", "prefix_mlp", "p_tuning", "cpt", "cartridge", "multitask_prompt")
+
+
+@side_by_side
+@pytest.mark.parametrize("method", [name for name in LEARNERS if METHODS[name].exists])
+def test_what_peft_computes_to_save_it_is_replicated(method: str) -> None:
+    """The save of sharded ones ended with "mixed torch.Tensor and DTensor" after all of the training."""
+    plan = trainer_fsdp_patch.plan(METHODS[method](llama()), adapter_placement="shard")
+    assert plan.sharded == ()
+    assert "peft saves what its module makes of it" in plan.reasons[-1]
+
+
+@side_by_side
+@pytest.mark.parametrize("method", ["prefix_mlp", pytest.param("p_tuning", marks=pytest.mark.long)])
+def test_prompt_learners_are_saved_where_adapters_are_sharded(bench: Bench, method: str) -> None:
+    assert bench.cell(method, Setup("f2 learner", placement="shard"), patched=True)[1].error == ""
+
+
 def test_the_share_of_the_base_is_the_budget_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "FLOOR", 0)
     base = sum(parameter.numel() * 4 for parameter in llama().parameters())

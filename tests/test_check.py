@@ -292,6 +292,7 @@ def test_json_progress_and_what_is_kept(tmp_path: Path) -> None:
     assert cell["right"]
     assert cell["relative error"] < 1e-3
     assert cell["seconds"] > cell["patched"]["seconds"] > 0
+    assert cell["stock"]["footprint"], cell["stock"]
     assert cell["patched"]["footprint"]["units"] <= cell["stock"]["footprint"]["units"]
     for side in ("one", "stock", "patched"):
         assert (keep / "FSDP2_fp32" / side / "adapter_model.safetensors").is_file()

@@ -9,12 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import checkpoints
 import pytest
 from cells import METHODS, Bench, Setup, trial
+from faults import where
 
 from trainer_fsdp_patch import devices, sizes
 from trainer_fsdp_patch.announcing import figures, start
 from trainer_fsdp_patch.errors import PlanError
+from trainer_fsdp_patch.inspecting import inventory
 from trainer_fsdp_patch.planning.prepared import prepared_for
 from trainer_fsdp_patch.testing import forks
 from trainer_fsdp_patch.testing.case import Outcome
@@ -25,6 +28,9 @@ PREFIX = "trainer_fsdp_patch/"
 def held(model: Any) -> int:
     """Bytes of all parameters and buffers of this rank, each storage once, as torch has allocated them."""
     tensors = [getattr(tensor, "_local_tensor", tensor) for tensor in (*model.parameters(), *model.buffers())]
+    if inventory.is_native(model):
+        # On a CPU transformers has shards that are parts of a file that is mapped into memory, whole.
+        return sum(tensor.nbytes for tensor in tensors)
     # FSDP1's original parameters are views of a flat one, and of other parts of it on each rank.
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
@@ -53,7 +59,8 @@ def logged(setup: Setup, base: str, folder: str, method: str, asked: str, report
             control.should_evaluate = state.global_step == 1
 
     torch.manual_seed(0)
-    model = METHODS[method](trial.load_base(base, setup))
+    native = setup.name == "native"
+    model = METHODS[method](checkpoints.load_natively(base, 2) if native else trial.load_base(base, setup))
     rows = trial.dataset(trial.STEPS * trial.BATCH)
     trainer = Trainer(model=model, args=given, train_dataset=rows, eval_dataset=rows, callbacks=[Look()])
     before = [type(item).__name__ for item in trainer.callback_handler.callbacks]
@@ -68,11 +75,10 @@ def logged(setup: Setup, base: str, folder: str, method: str, asked: str, report
         wandb.finish()
     history = list(trainer.state.log_history)
     prepared = prepared_for(model)
-    plan = None if prepared is None else prepared.plan
     left = [type(item).__name__ for item in trainer.callback_handler.callbacks]
     extra: dict[str, Any] = {"history": history, "before": before, "left": left, "held": seen[-1]}
-    if plan is not None:
-        extra |= {"line": start.line(plan), "gathers": plan.traffic}
+    if prepared is not None:
+        extra |= {"line": start.line(prepared), "gathers": prepared.plan.traffic}
     return Outcome(extra=extra)
 
 
@@ -116,6 +122,16 @@ def test_what_is_logged_is_what_a_rank_holds(bench: Bench, tmp_path: Path, metho
         assert {frozenset(ours(entry)) for entry in later} == {frozenset(peak)}
         assert [ours(entry) for entry in extra["history"] if "eval_loss" in entry] == [{}, {}]
         assert extra["left"] == extra["before"]
+
+
+@where("transformers>=5.15.dev0")
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_a_base_that_transformers_has_sharded_is_counted_as_it_did(bench: Bench, tmp_path: Path, method: str) -> None:
+    for extra in run(bench, tmp_path, Setup("native", fsdp=0), method):
+        said = ours(next(entry for entry in extra["history"] if "loss" in entry))
+        assert said["held_bytes"] == extra["held"]
+        assert said["replicated_base_bytes"] == 0
+        assert not any("gather" in name for name in said)
 
 
 def test_without_the_setting_the_log_is_upstreams(bench: Bench, tmp_path: Path) -> None:

@@ -6,12 +6,16 @@ The whole of it is `python tests/matrix/cells.py`; what that last printed is tes
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import cells
+import mixed
 import pytest
 from cells import METHODS, SIDES, Bench, setups, state
+from faults import where
 
 ROWS = json.loads((Path(__file__).parent / "data" / "matrix.json").read_text())
 SETUPS = {setup.name: setup for setup in setups()}
@@ -51,3 +55,36 @@ def test_cell(bench: Bench, row: dict[str, str]) -> None:
     again = cells.measure(bench, row["method"], SETUPS[row["setup"]])
     assert again["patched"] == ""
     assert state(again, "stock") == state(row, "stock"), again["stock"]
+
+
+def test_what_is_drawn_together_goes_together() -> None:
+    drawn = [mixed.draw(chance) for chance in [random.Random(7)] for _ in range(2000)]
+    chance = random.Random(7)
+    assert drawn == [mixed.draw(chance) for _ in range(2000)]
+    assert {method for method, _, _ in drawn} == set(METHODS)
+    seen: dict[str, set[str]] = {}
+    for method, fsdp, chosen in drawn:
+        setup = mixed.setup_of(fsdp, chosen)
+        assert setup.use_orig_params or fsdp == 1
+        assert not setup.ram_efficient or fsdp == 2
+        assert not setup.activation_checkpointing or setup.wrap != "none"
+        assert setup.ranks == 2 or not METHODS[method].micro
+        for part, settings in chosen.items():
+            seen.setdefault(part, set()).add(str(settings))
+    assert seen == {part: {str(settings) for settings in choices if settings} for part, choices in mixed.PARTS.items()}
+
+
+def test_the_fewest_settings_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def verdict(bench: Any, method: str, setup: cells.Setup, *, patched: bool = True) -> str:
+        return "off" if setup.clip < 1 and setup.amp == "bf16" else ""
+
+    monkeypatch.setattr(mixed, "verdict", verdict)
+    chosen = {"numbers": {"amp": "bf16"}, "wrap": {"wrap": "size"}, "clip": {"clip": 0.01}, "ranks": {"ranks": 4}}
+    assert mixed.smallest(None, "lora", 1, chosen) == ({"numbers": {"amp": "bf16"}, "clip": {"clip": 0.01}}, "off")  # type: ignore[arg-type]
+
+
+@where("transformers>=5.24", "peft>=0.21")
+def test_a_drawn_cell_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mixed.main(["--seed", "7", "--cells", "2", "--json", str(tmp_path / "rows")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 right"
+    assert [json.loads(line)["error"] for line in (tmp_path / "rows").read_text().splitlines()] == ["", ""]

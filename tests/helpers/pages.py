@@ -56,6 +56,7 @@ RUN_BY = {
     "examples/vera_text_classification.py": "tests/test_example.py",
     "tests/matrix/cells.py": "tests/test_matrix.py",
     "tests/matrix/footprints.py": "tests/test_footprint.py",
+    "tests/matrix/mixed.py": "tests/test_matrix.py",
     "tests/programs/cases.py": "tests/test_cases.py",
     "tests/programs/checkpoints.py": "tests/test_checkpoints.py",
     "tests/programs/estimates.py": "tests/test_estimating.py",

@@ -33,6 +33,13 @@ def test_losses_and_parts_of_them(bench: Bench, monkeypatch: pytest.MonkeyPatch,
     fault_without(NAME, bench, monkeypatch, method, Setup("scale", fsdp=fsdp), "off by")
 
 
+@where("transformers>=5.10")
+def test_a_forward_that_is_computed_again_gets_the_same_count(bench: Bench) -> None:
+    """Units by size have FSDP1 checkpoint the full model, loss and all; its backward pass got a count in bf16."""
+    setup = Setup("whole", fsdp=1, amp="bf16", wrap="size", activation_checkpointing=True)
+    assert bench.cell("lora", setup, patched=True)[1].error == ""
+
+
 def seen(setup: Setup, base: str, folder: str, own: bool, rank: int) -> Outcome:
     """What a loss function is given as the count in a rank, the user's own or that of the model."""
     from transformers import Trainer

@@ -15,7 +15,7 @@ from typing import Any
 import checkpoints
 import pytest
 from cells import Bench, Setup
-from faults import fsdp2, packed, where
+from faults import FLAVOURS, fsdp2, packed, where
 
 from trainer_fsdp_patch.patching import registry
 
@@ -118,3 +118,30 @@ def test_other_checkpoints(bench: Bench, fsdp: int, sharded: bool) -> None:
         pytest.skip("tested above")
     setup = Setup(f"f{fsdp}", fsdp=fsdp, sharded_checkpoint=sharded, optim="adamw_bnb_8bit")
     assert checkpoints.cell(interrupted, checkpoints.Scene(bench), setup, patched=True) == ""
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["full", "sharded"])
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_parameters_that_no_batch_has_reached(bench: Bench, fsdp: int, sharded: bool) -> None:
+    """LoRA on a vision tower, and batches of text alone: torch refused the checkpoint for what had no state.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/checkpoint/state_dict.py#L1036
+    """
+    setup = Setup(f"f{fsdp} {sharded}", fsdp=fsdp, sharded_checkpoint=sharded)
+    assert bench.resumed(with_an_idle_layer, setup, "idle", patched=True) == ""
+
+
+@fsdp2
+def test_torch_refuses_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(registry.DISABLE, "torch_v2_2_stateless_optimizer")
+    said = bench.resumed(with_an_idle_layer, Setup("f2 idle", fsdp=2), "idle", patched=True)
+    assert "Missing optimizer state for parameter" in said
+
+
+def with_an_idle_layer(model: Any) -> Any:
+    """LoRA, on a layer too that no forward asks."""
+    import peft
+    import torch
+
+    model.idle = torch.nn.Linear(64, 64)
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj", "idle"]))

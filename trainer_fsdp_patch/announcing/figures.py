@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch import devices
 from trainer_fsdp_patch.errors import PlanError
-from trainer_fsdp_patch.inspecting.inventory import ADAPTER, PROJECTION
+from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, dtensor, nbytes_of
+from trainer_fsdp_patch.measuring.footprint import Footprint
+from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning import budget, expecting
 from trainer_fsdp_patch.planning.plan import REPLICATE
 
@@ -16,7 +19,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import Trainer, TrainerState
 
-    from trainer_fsdp_patch.planning.plan import Plan
     from trainer_fsdp_patch.planning.prepared import Prepared
 
 ENVIRONMENT = "TRAINER_FSDP_PATCH_LOG"
@@ -56,31 +58,52 @@ def watch(trainer: Trainer, prepared: Prepared) -> None:
     handler = trainer.callback_handler
     others = [item for item in handler.callbacks if not isinstance(item, _kind())]
     # Ahead of the reporters, which are handed the same entry. A new list: upstream may be walking the old one.
-    handler.callbacks = [_kind()(handler, prepared.plan, trainer.accelerator.device), *others]
+    handler.callbacks = [_kind()(handler, of(prepared), trainer.accelerator.device), *others]
 
 
-def held(plan: Plan) -> int:
+def taken(prepared: Prepared) -> Footprint:
+    """What a rank takes between steps, as planned; of a base that transformers has sharded, as it did.
+
+    Args:
+        prepared: the model's record.
+    """
+    plan = prepared.plan
+    if not prepared.native:
+        return expecting.footprint(plan, plan.ranks)
+    # Before its first forward FSDP knows nothing of what was loaded into its shards since.
+    roles = {item.tensor.name: item.tensor.role for item in plan.placements}
+    rest, ranks = Counter[tuple[bool, bool]](), 1
+    for name, parameter in prepared.model().named_parameters():
+        shard = isinstance(parameter, dtensor())
+        ranks = parameter.device_mesh.size() if shard else ranks
+        local = parameter.to_local() if shard else parameter
+        rest[roles.get(canonical(name)) in (BASE, QUANTIZED), shard] += nbytes_of(local)
+    base = rest[True, True] + rest[True, False]
+    return Footprint(ranks, units=None, rest=rest.total(), base=base, replicated=rest[True, False], gathered=None)
+
+
+def held(prepared: Prepared) -> int:
     """Bytes of parameters and buffers that a rank holds between steps, without gradients and optimizer states.
 
     Args:
-        plan: of the model.
+        prepared: the model's record.
     """
     # VeRA's projections are buffers, and often most of what is full; a footprint has parameters alone.
-    buffers = (item.tensor.nbytes for item in plan.placements if item.tensor.kind == "buffer")
-    return expecting.footprint(plan, plan.ranks).rest + sum(buffers)
+    buffers = (item.tensor.nbytes for item in prepared.plan.placements if item.tensor.kind == "buffer")
+    return taken(prepared).rest + sum(buffers)
 
 
-def of(plan: Plan) -> dict[str, int]:
+def of(prepared: Prepared) -> dict[str, int]:
     """What stays the same during a run; bytes are those that one rank holds between steps.
 
     Args:
-        plan: of the model.
+        prepared: the model's record.
     """
-    taken = expecting.footprint(plan, plan.ranks)
+    plan, footprint = prepared.plan, taken(prepared)
     figures = {
-        "held_bytes": held(plan),
-        "base_bytes": taken.base,
-        "replicated_base_bytes": taken.replicated,
+        "held_bytes": held(prepared),
+        "base_bytes": footprint.base,
+        "replicated_base_bytes": footprint.replicated,
         "replicated_adapter_bytes": sum(plan.nbytes(REPLICATE, role) for role in (ADAPTER, PROJECTION)),
         "resident_units": len(plan.resident),
     }
@@ -106,9 +129,8 @@ def _kind() -> type[Any]:
     class Figures(TrainerCallback):  # type: ignore[misc]
         """Adds to entries of the training, and leaves those of evaluations alone."""
 
-        def __init__(self, handler: Any, plan: Plan, device: torch.device) -> None:
-            self.handler, self.device = handler, device
-            self.fixed = of(plan)
+        def __init__(self, handler: Any, fixed: dict[str, int], device: torch.device) -> None:
+            self.handler, self.fixed, self.device = handler, fixed, device
             # `unpatch()` puts others in their place.
             self.settings = budget.settings
 

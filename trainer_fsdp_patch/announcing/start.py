@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.announcing import figures
-from trainer_fsdp_patch.planning.plan import REPLICATE, SHARD, Plan
+from trainer_fsdp_patch.planning.plan import REPLICATE, SHARD
 from trainer_fsdp_patch.sizes import size
 
 if TYPE_CHECKING:
@@ -31,24 +31,26 @@ def announce(prepared: Prepared, *, main: bool) -> None:
     from transformers.utils import logging as theirs
 
     plan = prepared.plan
-    theirs.get_logger("transformers.trainer").warning("trainer_fsdp_patch: %s", line(plan))
+    theirs.get_logger("transformers.trainer").warning("trainer_fsdp_patch: %s", line(prepared))
     for reason in (plan.summary(), *plan.reasons, *plan.costs()):
         logger.info("FSDP%d: %s.", plan.fsdp_version, reason)
 
 
-def line(plan: Plan) -> str:
+def line(prepared: Prepared) -> str:
     """One line: what the ranks share, what each holds in full, what it holds in all, and what a step gathers.
 
     Args:
-        plan: of the model.
+        prepared: the model's record.
     """
+    plan, taken = prepared.plan, figures.taken(prepared)
     shared, full = plan.nbytes(SHARD), plan.nbytes(REPLICATE)
-    said = [f"FSDP{plan.fsdp_version} shards {size(shared)} over {plan.ranks} ranks, {size(full)} is full on each"]
-    if plan.ranks == 1:
-        said = [f"FSDP{plan.fsdp_version} shards nothing, {size(shared + full)} is full on each rank"]
+    who = "transformers" if prepared.native else f"FSDP{plan.fsdp_version}"
+    said = [f"{who} shards {size(shared)} over {taken.ranks} ranks, {size(full)} is full on each"]
+    if taken.ranks == 1:
+        said = [f"{who} shards nothing, {size(shared + full)} is full on each rank"]
     if plan.resident:
         said.append(f"{len(plan.resident)} units of the base stay full")
-    said.append(f"a rank holds {size(figures.held(plan))} between steps")
+    said.append(f"a rank holds {size(figures.held(prepared))} between steps")
     if plan.traffic is not None and plan.ranks > 1:
         times, gathered = plan.traffic
         said.append(f"forward and backward gather {times} units, {size(gathered)}")

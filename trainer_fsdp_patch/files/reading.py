@@ -128,6 +128,20 @@ def fsdp_part(folder: Path) -> dict[str, torch.Tensor]:
         raise unreadable(folder / FSDP_SHARDED, error) from error
 
 
+def index(folder: Path) -> Metadata:
+    """What a distributed checkpoint says that it has.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        pickle.UnpicklingError: it names what no such checkpoint does.
+    """
+    with (folder / ".metadata").open("rb") as file:
+        known: Metadata = _Index(file).load()
+    return known
+
+
 def _sharded(folder: Path) -> dict[str, torch.Tensor]:
     import warnings
 
@@ -136,14 +150,13 @@ def _sharded(folder: Path) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load, load_state_dict
 
-    with (folder / ".metadata").open("rb") as file:
-        index: Metadata = _Index(file).load()
+    known = index(folder)
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-            return index
+            return known
 
-    entries = index.state_dict_metadata.items()
+    entries = known.state_dict_metadata.items()
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries

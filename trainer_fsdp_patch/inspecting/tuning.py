@@ -106,3 +106,14 @@ def copied_modules(modules: ByClass) -> list[nn.Module]:
     # PEFT's copy-and-train wrapper around a base module.
     wrappers = of_class(modules, lambda kind: issubclass(kind, _containers()[-1][0]))
     return [copy for module in wrappers for copy in getattr(module, "modules_to_save", {}).values()]
+
+
+def prompt_encoders(modules: ByClass) -> list[nn.Module]:
+    """Modules of prompt learners. peft saves what their forwards make (`PeftModel.get_prompt_embedding_to_save`).
+
+    Args:
+        modules: of a model, all.
+    """
+    models = of_class(modules, lambda kind: issubclass(kind, _containers()[0][0]))
+    # Not by `getattr`, which asks the base too: one may have a module of that name.
+    return [module for model in models if (module := model._modules.get("prompt_encoder")) is not None]

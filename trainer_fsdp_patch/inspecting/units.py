@@ -1,9 +1,9 @@
-"""What must not be a unit of FSDP: policies see neither what is shared nor who reads it."""
+"""What must not be a unit of FSDP, since policies do not see who reads it, and the units that a forward begins in."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.inspecting import tuning, walk
@@ -109,3 +109,21 @@ def reaches_outside(modules: Iterable[nn.Module], others: dict[int, set[int]]) -
     """
     inside = {id(part) for module in modules for part in module.modules()}
     return any(not others.get(part, inside) <= inside for part in inside)
+
+
+def beginnings(walked: walk.Walk, layers: Collection[str], units: Mapping[str, Collection[str]]) -> set[str]:
+    """Units that a forward begins in: those with embeddings, and layers that are alone of their class.
+
+    Args:
+        walked: modules of a model.
+        layers: names of the modules that become units, the root aside.
+        units: all names of the parameters of each unit, by its name.
+    """
+    from torch import nn
+
+    known = dict(zip(walked.names, walked.modules, strict=True))
+    kinds = Counter(type(known.get(name)) for name in layers)
+    alone = {name for name in layers if kinds[type(known.get(name))] == 1}
+    holders = {home: [known.get(name.rpartition(".")[0]) for name in names] for home, names in units.items()}
+    tables = {home for home, modules in holders.items() if any(isinstance(module, nn.Embedding) for module in modules)}
+    return alone.intersection(units) | tables

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting.ignored_modules import names_of
-from trainer_fsdp_patch.inspecting.inventory import (
-    ADAPTER,
-    BASE,
-    PROJECTION,
-    QUANTIZED,
-    Inventory,
-    TensorInfo,
-    take,
-)
-from trainer_fsdp_patch.inspecting.tuning import copied_modules, of_class
+from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, Inventory, TensorInfo, take
+from trainer_fsdp_patch.inspecting.tuning import ByClass, copied_modules, of_class, prompt_encoders
 from trainer_fsdp_patch.inspecting.walk import Walk
 from trainer_fsdp_patch.packing import planned
 from trainer_fsdp_patch.planning import budget, dtypes, expecting, residence
@@ -210,8 +202,9 @@ def make_plan(
         budget.settings.adapter_budget if adapter_budget is None else adapter_budget,
     )
     budget.check_settings(asked.adapter_placement, asked.adapter_budget)
-    unable = budget.cannot_shard(tensors, fsdp_version, _homes(tensors, further, roots), _copies(inventory))
-    unable |= dict.fromkeys(users, "it is ignored")
+    homes, copies = _homes(tensors, further, roots), _inside(inventory, copied_modules)
+    unable = budget.cannot_shard(tensors, fsdp_version, homes, copies) | dict.fromkeys(users, "it is ignored")
+    unable |= dict.fromkeys(_inside(inventory, prompt_encoders), "peft saves what its module makes of it")
     if fsdp_version == 1 and use_orig_params is False:
         unsharded = unsharded or "use_orig_params=False hides its name"
     if unsharded:
@@ -283,10 +276,10 @@ def _decide(tensor: TensorInfo, users: set[str], odd: dict[str, str], fsdp_versi
     return Placement(tensor, SHARD, f"frozen base weight: sharded by FSDP{fsdp_version}")
 
 
-def _copies(inventory: Inventory) -> set[str]:
-    """Names of the parameters of modules that are trained in place of the base's."""
-    copies = copied_modules(inventory.walked.by_class)
-    return inventory.names_of(parameter for module in copies for parameter in module.parameters()) if copies else set()
+def _inside(inventory: Inventory, found: Callable[[ByClass], list[nn.Module]]) -> set[str]:
+    """Names of the parameters of some of peft's modules."""
+    parameters = [item for module in found(inventory.walked.by_class) for item in module.parameters()]
+    return inventory.names_of(parameters) if parameters else set()
 
 
 def _roots(model: nn.Module, walked: Walk, units: Iterable[str] | None) -> list[str]:

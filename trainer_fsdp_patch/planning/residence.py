@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from trainer_fsdp_patch.errors import PlanError
+from trainer_fsdp_patch.inspecting import units
 from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, QUANTIZED, TensorInfo
 from trainer_fsdp_patch.measuring import memory
 from trainer_fsdp_patch.planning import expecting
@@ -156,6 +157,11 @@ def budgeted(
     cut = base.units(frozen, plan.fsdp_version)
     costs = {home: _extra([frozen[name] for name in names], ranks) for home, names in cut if names}
     chosen = _choose(costs, base.layers, limit(wanted, sum(costs.values())))
+    if plan.param_dtype is not None and len(chosen) < len(costs):
+        # They would begin in their own dtype. FSDP1's units cast nothing that they are given, and FSDP2's not all.
+        named = {home: [every for name in names for every in base.names.get(name, (name,))] for home, names in cut}
+        first = units.beginnings(base.walked, base.layers, named)
+        chosen = [home for home in chosen if home not in first]
     resident = tuple((home, names) for home, names in cut if home in chosen)
     full = {name for _, names in resident for name in names}
     placements = []
@@ -165,11 +171,9 @@ def budgeted(
         kinds = base.originals.get(name, (item.tensor,)) if name in full else ()
         placements += [dataclasses.replace(item, tensor=tensor, placement=REPLICATE, reason=REASON) for tensor in kinds]
         placements += [] if kinds else [item]
-    units = None
-    if plan.units is not None:
-        left = [name for name in sharded if name not in full]
-        units = base.units(left, plan.fsdp_version)
-    kept = dataclasses.replace(plan, placements=tuple(placements), units=units, resident=resident)
+    left = [name for name in sharded if name not in full]
+    rest = None if plan.units is None else base.units(left, plan.fsdp_version)
+    kept = dataclasses.replace(plan, placements=tuple(placements), units=rest, resident=resident)
     cost = sum(costs[home] for home in chosen)
     head = f"base_budget {text}: {len(chosen)} of {len(costs)} units stay full on each rank"
     text = f"{head}, which costs it {size(cost)} beyond their shards"

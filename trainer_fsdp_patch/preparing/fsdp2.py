@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import MethodType
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting import inventory, units
@@ -33,14 +33,26 @@ def hide_ignored(model: nn.Module) -> Iterator[None]:
         return
     taken = inventory.take(model)
     hidden = [slot for slot in taken.slots if id(slot.tensor) in prepared.known]
+    layers = {id(slot.module): slot.module for slot in hidden if not slot.owned}
     for slot in hidden:
         slot.holder[slot.key] = None
     try:
-        with skip_impossible_units(model), shadowed(model, tie_weights=_tie_again(taken)):
+        with contextlib.ExitStack() as stack:
+            for layer in layers.values():
+                # accelerate takes the state dict of all. quanto's layers would read the weight that is hidden.
+                stack.enter_context(shadowed(layer, **_plain(layer)))
+            stack.enter_context(shadowed(model, tie_weights=_tie_again(taken)))
+            stack.enter_context(skip_impossible_units(model))
             yield
     finally:
         for slot in hidden:
             slot.holder[slot.key] = slot.tensor
+
+
+def _plain(layer: nn.Module) -> dict[str, Any]:
+    from torch.nn import Module
+
+    return {name: getattr(Module, name).__get__(layer) for name in ("_save_to_state_dict", "_load_from_state_dict")}
 
 
 @contextlib.contextmanager

@@ -55,8 +55,7 @@ def prepare(trainer: Trainer, model: nn.Module, *, training: bool = False) -> Pr
     if prepared is not None:
         if training:
             later.take_up(prepared, accelerator.device)
-            start.announce(prepared, main=accelerator.is_main_process)
-            figures.watch(trainer, prepared)
+            _tell(trainer, prepared)
         return prepared
     if not native:
         refuse_wrapped(model)
@@ -65,7 +64,8 @@ def prepare(trainer: Trainer, model: nn.Module, *, training: bool = False) -> Pr
     if native:
         why = "transformers has sharded the base, and shards no adapter"
         plan = make_plan(model, mixed_precision=accelerator.mixed_precision, unsharded=why, inventory=taken)
-        return settle(accelerator, Prepared(model, plan, [None], taken, native=True), taken)
+        prepared = settle(accelerator, Prepared(model, plan, [None], taken, native=True), taken)
+        return _tell(trainer, prepared) if training else prepared
     plugin = accelerator.state.fsdp_plugin
     fsdp_plugin.warn_of_flag(plugin, trainer.args.fsdp_config or {})
     explicit = fsdp_plugin.explicit_policy(accelerator, plugin)
@@ -79,9 +79,13 @@ def prepare(trainer: Trainer, model: nn.Module, *, training: bool = False) -> Pr
     if room is not None and plan.fsdp_version == 2:
         residents.watch(prepared, accelerator.device)
     optimizer_groups.separate(trainer)
-    if training:
-        start.announce(prepared, main=accelerator.is_main_process)
-        figures.watch(trainer, prepared)
+    return _tell(trainer, prepared) if training else prepared
+
+
+def _tell(trainer: Trainer, prepared: Prepared) -> Prepared:
+    """Say what the plan is where a training starts, and have the log show it."""
+    start.announce(prepared, main=trainer.accelerator.is_main_process)
+    figures.watch(trainer, prepared)
     return prepared
 
 

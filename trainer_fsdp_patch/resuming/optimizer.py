@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,11 @@ def load_full(
         options: torch's StateDictOptions, or None.
     """
     prepared = prepared_for(model)
-    if prepared is None or not getattr(options, "full_state_dict", False):
+    if prepared is None or options is None:
+        return upstream(model, optimizers, optim_state_dict, options=options)
+    # A parameter that no batch has reached has no state, and torch refuses the checkpoint for it.
+    options = dataclasses.replace(options, strict=False)
+    if not options.full_state_dict:
         return upstream(model, optimizers, optim_state_dict, options=options)
     given = optim_state_dict or {}
     settings = [{k: v for k, v in group.items() if k != "params"} for group in given.get("param_groups", ())]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer_fsdp_patch.files import reading
+from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.planning.prepared import prepared_by
 
 if TYPE_CHECKING:
@@ -17,6 +21,12 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     Answer = Callable[[], Mapping[str, object]]
+
+_FOLDER = "optimizer_0"
+"""Of a sharded checkpoint: accelerate's folder of the optimizer."""
+
+_STATE = "optimizer.state."
+"""What the keys of a state begin with in it."""
 
 _NAMED: ContextVar[tuple[torch.optim.Optimizer, Answer] | None] = ContextVar("_NAMED", default=None)
 """The optimizer that is about to be read, and what it answers by name."""
@@ -40,6 +50,7 @@ def initialized_optimizer(trainer: Trainer, folder: str | None) -> Iterator[None
         yield
         return
     _take_empty_step(optimizer)
+    _forget_unreached(trainer.model, optimizer, Path(folder) / _FOLDER)
     made = optimizer.state
     token = _NAMED.set((trainer.optimizer, functools.partial(_named_state, trainer.model, optimizer)))
     try:
@@ -53,6 +64,20 @@ def initialized_optimizer(trainer: Trainer, folder: str | None) -> Iterator[None
     # until accelerate 1.7
     for state in optimizer.state.values():
         state.update({key: _full_tensor(value) for key, value in state.items() if hasattr(value, "local_shards")})
+
+
+def _forget_unreached(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Take the state off parameters that a checkpoint has none of: no batch had reached them, and torch misses it."""
+    try:
+        keys = reading.index(folder).state_dict_metadata
+    except (OSError, pickle.UnpicklingError):
+        # Whoever reads it says what is wrong with it.
+        return
+    stems = {key[len(_STATE) :].rpartition(".")[0] for key in keys if key.startswith(_STATE)}
+    named = {canonical(name): parameter for name, parameter in model.named_parameters()}
+    # Some releases of accelerate name states by numbers.
+    for name in named.keys() - stems if not stems.isdisjoint(named) else ():
+        optimizer.state.pop(named[name], None)
 
 
 def _full_tensor(sharded: ShardedTensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ def compute_loss(upstream: Callable[..., Result], trainer: Trainer, arguments: d
     if count is None or not _multiplies(trainer):
         return upstream(**arguments)
     share = count / trainer.accelerator.num_processes
-    with shadowed(trainer.args, average_tokens_across_devices=False), _unrounded(prepared, share):
+    with shadowed(trainer.args, average_tokens_across_devices=False), _unrounded(trainer, prepared, share):
         return upstream(**{**arguments, _COUNT: share})
 
 
@@ -52,7 +52,7 @@ def _multiplies(trainer: Trainer) -> bool:
 
 
 @contextlib.contextmanager
-def _unrounded(prepared: Prepared, share: float | torch.Tensor) -> Iterator[None]:
+def _unrounded(trainer: Trainer, prepared: Prepared, share: float | torch.Tensor) -> Iterator[None]:
     """Let the model's forward get the share itself: FSDP casts floating-point arguments to its low precision.
 
     A count is a 0-dim tensor upstream. A forward may call `.to(device)` on it, so no plain number stands for it.
@@ -63,8 +63,11 @@ def _unrounded(prepared: Prepared, share: float | torch.Tensor) -> Iterator[None
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         return (args, {**kwargs, _COUNT: share}) if _COUNT in kwargs else None
 
-    # It runs after FSDP's own hooks, which cast.
-    hook = prepared.model().register_forward_pre_hook(restore, with_kwargs=True)
+    # It runs after FSDP's own hooks, which cast. FSDP1 may have checkpointing around all of a model: its forward runs
+    # again in the backward pass, when no hook is left, with what checkpointing was given here.
+    inner = getattr(trainer.model_wrapped, "_fsdp_wrapped_module", None)
+    outermost = prepared.model() if inner is None else inner
+    hook = outermost.register_forward_pre_hook(restore, with_kwargs=True)
     try:
         yield
     finally:
