@@ -10,6 +10,7 @@ from typing import Any
 import architectures
 import checkpoints
 import pytest
+import torch
 from cells import METHODS, Bench, Setup, trial
 from faults import FLAVOURS, fsdp2, packed
 from test_plan import llama
@@ -70,6 +71,16 @@ def test_under_mixed_precision_a_forward_begins_in_a_unit(bench: Bench, method: 
     whole = dataclasses.replace(setup, name=f"{setup.name} whole", budget="100%")
     outcome, verdict = bench.cell(method, whole, patched=True)
     assert (verdict.error, outcome.footprint.sharded if outcome.footprint else None) == ("", 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_what_is_stored_as_it_is_computed_may_stay_full(dtype: str, fsdp: int) -> None:
+    """No layer fits, and the embeddings would."""
+    model = METHODS["lora"](llama().to(getattr(torch, dtype)))
+    plan = trainer_fsdp_patch.plan(model, fsdp_version=fsdp, mixed_precision="bf16", base_budget="20%", ranks=2)
+    resident = {name for _, names in plan.resident for name in names}
+    assert any("embed_tokens" in name for name in resident) == (dtype == "bfloat16")
 
 
 @fsdp2

@@ -159,7 +159,8 @@ def budgeted(
     chosen = _choose(costs, base.layers, limit(wanted, sum(costs.values())))
     if plan.param_dtype is not None and len(chosen) < len(costs):
         # They would begin in their own dtype. FSDP1's units cast nothing that they are given, and FSDP2's not all.
-        named = {home: [every for name in names for every in base.names.get(name, (name,))] for home, names in cut}
+        cast = [(home, names) for home, names in cut if any(frozen[name].dtype != plan.param_dtype for name in names)]
+        named = {home: [every for name in names for every in base.names.get(name, (name,))] for home, names in cast}
         first = units.beginnings(base.walked, base.layers, named)
         chosen = [home for home in chosen if home not in first]
     resident = tuple((home, names) for home, names in cut if home in chosen)
