@@ -51,7 +51,7 @@ TAGS = {
     "packing/planned.py": ["torch 2.8"],
     "planning/budget.py": ["accelerate 1.15", "torch 2.13"],
     "planning/expecting.py": ["accelerate 1.15"],
-    "preparing/fsdp2.py": ["torch 2.7"],
+    "preparing/fsdp2.py": ["accelerate 1.14", "torch 2.7"],
     "preparing/fsdp_plugin.py": ["accelerate 1.0", "accelerate 1.0"],
     "preparing/layers.py": ["peft 0.20"],
     "reporting/fitting.py": ["transformers 5.10", "accelerate 1.6"],

@@ -33,23 +33,21 @@ def hide_ignored(model: nn.Module) -> Iterator[None]:
         return
     taken = inventory.take(model)
     hidden = [slot for slot in taken.slots if id(slot.tensor) in prepared.known]
-    layers = {id(slot.module): slot.module for slot in hidden if not slot.owned}
-    for slot in hidden:
-        slot.holder[slot.key] = None
-    try:
-        with contextlib.ExitStack() as stack:
-            for layer in layers.values():
-                # accelerate takes the state dict of all. quanto's layers would read the weight that is hidden.
-                stack.enter_context(shadowed(layer, **_plain(layer)))
-            stack.enter_context(shadowed(model, tie_weights=_tie_again(taken)))
-            stack.enter_context(skip_impossible_units(model))
-            yield
-    finally:
+    layers, dtype = {id(slot.module): slot.module for slot in hidden if not slot.owned}, getattr(model, "dtype", None)
+    with contextlib.ExitStack() as stack:
         for slot in hidden:
-            slot.holder[slot.key] = slot.tensor
+            stack.callback(slot.holder.__setitem__, slot.key, slot.tensor)
+            slot.holder[slot.key] = None
+        for layer in layers.values():
+            stack.enter_context(shadowed(layer, **_plain(layer)))
+        # until accelerate 1.14: it asks for the dtype, which a model that shows no parameter cannot tell
+        stack.enter_context(shadowed(model, tie_weights=_tie_again(taken), dtype=dtype))
+        stack.enter_context(skip_impossible_units(model))
+        yield
 
 
 def _plain(layer: nn.Module) -> dict[str, Any]:
+    """Methods by which accelerate takes the state dict of all. quanto's own ones read the weight that is hidden."""
     from torch.nn import Module
 
     return {name: getattr(Module, name).__get__(layer) for name in ("_save_to_state_dict", "_load_from_state_dict")}
