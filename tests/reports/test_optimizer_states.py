@@ -138,6 +138,26 @@ def test_torch_refuses_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> No
     assert "Missing optimizer state for parameter" in said
 
 
+@fsdp2
+def test_a_group_without_parameters_keeps_its_settings(bench: Bench) -> None:
+    """Biases alone leave the Trainer's group with weight decay empty; the first step after resuming missed "betas"."""
+    setup = Setup("f2 empty", fsdp=2, sharded_checkpoint=True)
+    assert bench.resumed(biases_alone, setup, "biases", patched=True) == ""
+
+
+def biases_alone(model: Any) -> Any:
+    """LoRA whose matrices are frozen, and biases that are trained."""
+    import peft
+    import torch
+
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(layer.self_attn.q_proj.out_features))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], bias="all"))
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad = name.endswith("bias")
+    return adapted
+
+
 def with_an_idle_layer(model: Any) -> Any:
     """LoRA, on a layer too that no forward asks."""
     import peft

@@ -62,7 +62,12 @@ def load_full(
     # A parameter that no batch has reached has no state, and torch refuses the checkpoint for it.
     options = dataclasses.replace(options, strict=False)
     if not options.full_state_dict:
-        return upstream(model, optimizers, optim_state_dict, options=options)
+        before = [dict(group) for group in optimizers.param_groups]
+        result = upstream(model, optimizers, optim_state_dict, options=options)
+        # A group without parameters has no names by which a sharded checkpoint would keep its settings.
+        for group, known in zip(optimizers.param_groups, before, strict=True):
+            group.update({key: value for key, value in known.items() if key not in group})
+        return result
     given = optim_state_dict or {}
     settings = [{k: v for k, v in group.items() if k != "params"} for group in given.get("param_groups", ())]
     stateless = not any(given.get("state", {}).values())
