@@ -22,4 +22,4 @@ patch = Patch(__name__, versions="torch>=2.2.dev0", target="torch.distributed.ch
 @patch.wrap("set_optimizer_state_dict", "model", "optimizers", "optim_state_dict", "options", only=gates.model())
 def load_without_state(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
     """Hold what torch cannot broadcast; ask upstream where the optimizer has kept something."""
-    return optimizer.load_full(wrapped, *args, **kwargs)
+    return optimizer.load(wrapped, *args, **kwargs)

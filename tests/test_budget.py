@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import peft
 import pytest
 from cells import METHODS, Bench, Setup, trial
 from faults import FLAVOURS, where
+from methods import ON_LLAMA
 from test_plan import llama
 
 import trainer_fsdp_patch
@@ -59,11 +61,15 @@ def test_what_several_units_share_is_replicated() -> None:
     assert not any("vector_bank" in name for name in found)
 
 
-LEARNERS = ("prompt", "prefix", "prefix_mlp", "p_tuning", "cpt", "cartridge", "multitask_prompt")
+LEARNERS = [
+    name
+    for name, method in ON_LLAMA.items()
+    if method.exists and issubclass(getattr(peft, method.config), peft.PromptLearningConfig)
+]
 
 
 @side_by_side
-@pytest.mark.parametrize("method", [name for name in LEARNERS if METHODS[name].exists])
+@pytest.mark.parametrize("method", LEARNERS)
 def test_what_peft_computes_to_save_it_is_replicated(method: str) -> None:
     """The save of sharded ones ended with "mixed torch.Tensor and DTensor" after all of the training."""
     plan = trainer_fsdp_patch.plan(METHODS[method](llama()), adapter_placement="shard")

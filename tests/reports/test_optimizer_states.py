@@ -10,14 +10,17 @@ torchao cannot be broadcast, under FSDP2 neither.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import checkpoints
 import pytest
-from cells import Bench, Setup
+from cells import METHODS, Bench, Setup, trial
 from faults import FLAVOURS, fsdp2, packed, where
 
 from trainer_fsdp_patch.patching import registry
+from trainer_fsdp_patch.testing import forks
+from trainer_fsdp_patch.testing.case import Outcome
 
 
 def some(*usual: str, long: tuple[str, ...]) -> list[Any]:
@@ -136,6 +139,47 @@ def test_torch_refuses_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv(registry.DISABLE, "torch_v2_2_stateless_optimizer")
     said = bench.resumed(with_an_idle_layer, Setup("f2 idle", fsdp=2), "idle", patched=True)
     assert "Missing optimizer state for parameter" in said
+
+
+def by_hand(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
+    """Torch's own functions, called by a user after training: without a state, without its name too, in a list."""
+    from torch.distributed.checkpoint import state_dict
+    from transformers import Trainer
+
+    given = trial.enter(setup, folder, 2, patched=True)
+    model = METHODS["lora"](trial.load_base(base, setup))
+    trainer = Trainer(model=model, args=given, train_dataset=trial.dataset(trial.STEPS * trial.BATCH))
+    trainer.train()
+    wrapped, optimizer = trainer.model_wrapped, trainer.optimizer.optimizer
+    options = state_dict.StateDictOptions(full_state_dict=not setup.sharded_checkpoint)
+    said = []
+    for forgotten in ("list", "state", "name"):
+        found = state_dict.get_optimizer_state_dict(wrapped, optimizer, options=options)
+        name = next(iter(found["state"]))
+        if forgotten != "list":
+            del found["state"][name]
+        if forgotten == "name":
+            for group in found["param_groups"]:
+                group["params"] = [item for item in group["params"] if item != name]
+        several = [optimizer] if forgotten == "list" else optimizer
+        try:
+            state_dict.set_optimizer_state_dict(wrapped, several, found, options=options)
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+    return Outcome(extra={"said": said})
+
+
+@fsdp2
+@where("torch>=2.13.dev0")
+@pytest.mark.parametrize("sharded", [False, True], ids=["full", "sharded"])
+def test_what_a_checkpoint_does_not_list_is_refused(bench: Bench, tmp_path: Path, sharded: bool) -> None:
+    setup = Setup("by hand", fsdp=2, sharded_checkpoint=sharded)
+    for outcome in forks.launch(by_hand, setup, bench.base, str(tmp_path), ranks=2):
+        assert not outcome.error, outcome.extra
+        several, idle, unlisted = outcome.extra["said"]
+        assert (idle, several) == ("", "")
+        assert "Missing optimizer state for parameter" in unlisted
 
 
 @fsdp2

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Trainer, TrainerState
 
+    from trainer_fsdp_patch.planning.plan import Plan
     from trainer_fsdp_patch.planning.prepared import Prepared
 
 ENVIRONMENT = "TRAINER_FSDP_PATCH_LOG"
@@ -82,15 +83,16 @@ def taken(prepared: Prepared) -> Footprint:
     return Footprint(ranks, units=None, rest=rest.total(), base=base, replicated=rest[True, False], gathered=None)
 
 
-def held(prepared: Prepared) -> int:
+def held(plan: Plan, taken: Footprint) -> int:
     """Bytes of parameters and buffers that a rank holds between steps, without gradients and optimizer states.
 
     Args:
-        prepared: the model's record.
+        plan: of the model.
+        taken: by a rank.
     """
     # VeRA's projections are buffers, and often most of what is full; a footprint has parameters alone.
-    buffers = (item.tensor.nbytes for item in prepared.plan.placements if item.tensor.kind == "buffer")
-    return taken(prepared).rest + sum(buffers)
+    buffers = (item.tensor.nbytes for item in plan.placements if item.tensor.kind == "buffer")
+    return taken.rest + sum(buffers)
 
 
 def of(prepared: Prepared) -> dict[str, int]:
@@ -101,7 +103,7 @@ def of(prepared: Prepared) -> dict[str, int]:
     """
     plan, footprint = prepared.plan, taken(prepared)
     figures = {
-        "held_bytes": held(prepared),
+        "held_bytes": held(plan, footprint),
         "base_bytes": footprint.base,
         "replicated_base_bytes": footprint.replicated,
         "replicated_adapter_bytes": sum(plan.nbytes(REPLICATE, role) for role in (ADAPTER, PROJECTION)),

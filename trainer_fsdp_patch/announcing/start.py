@@ -50,7 +50,7 @@ def line(prepared: Prepared) -> str:
         said = [f"{who} shards nothing, {size(shared + full)} is full on each rank"]
     if plan.resident:
         said.append(f"{len(plan.resident)} units of the base stay full")
-    said.append(f"a rank holds {size(figures.held(prepared))} between steps")
+    said.append(f"a rank holds {size(figures.held(plan, taken))} between steps")
     if plan.traffic is not None and plan.ranks > 1:
         times, gathered = plan.traffic
         said.append(f"forward and backward gather {times} units, {size(gathered)}")

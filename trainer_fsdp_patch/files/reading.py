@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
 SAFE, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
-FSDP_FULL, FSDP_SHARDED = "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0"
+FSDP_FULL, FSDP_SHARDED, FSDP_OPTIMIZER = "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0", "optimizer_0"
 STATE = "trainer_state.json"
 
 Json = dict[str, object]

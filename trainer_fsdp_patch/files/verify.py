@@ -284,7 +284,9 @@ def unfinished(folder: Path) -> list[str]:
 def _fsdp_parts(folder: Path) -> tuple[bool, bool]:
     """Whether a checkpoint has a complete model part of FSDP, and whether it has parts that come with one."""
     model = (folder / reading.FSDP_FULL).is_file() or (folder / reading.FSDP_SHARDED / ".metadata").is_file()
-    return model, any((folder / name).exists() for name in (reading.FSDP_SHARDED, "optimizer_0", "optimizer.bin"))
+    return model, any(
+        (folder / name).exists() for name in (reading.FSDP_SHARDED, reading.FSDP_OPTIMIZER, "optimizer.bin")
+    )
 
 
 def _removed(folder: Path) -> list[str]:
@@ -292,7 +294,7 @@ def _removed(folder: Path) -> list[str]:
     lacks = []
     ranks = {int(item.stem.rpartition("_")[2]) for item in folder.glob("rng_state_*.pth")}
     lacks += [f"there is no rng_state_{rank}.pth" for rank in range(max(ranks, default=0)) if rank not in ranks]
-    kinds = ("optimizer.bin", "optimizer.pt", "optimizer_0/.metadata")
+    kinds = ("optimizer.bin", "optimizer.pt", f"{reading.FSDP_OPTIMIZER}/.metadata")
     if ranks or any(_fsdp_parts(folder)):
         if not any((folder / name).is_file() for name in kinds):
             lacks.append("it has no optimizer")

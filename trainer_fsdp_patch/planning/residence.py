@@ -156,13 +156,14 @@ def budgeted(
     frozen = {name: tensor for name, tensor in sharded.items() if tensor.role in (BASE, QUANTIZED)}
     cut = base.units(frozen, plan.fsdp_version)
     costs = {home: _extra([frozen[name] for name in names], ranks) for home, names in cut if names}
-    chosen = _choose(costs, base.layers, limit(wanted, sum(costs.values())))
-    if plan.param_dtype is not None and len(chosen) < len(costs):
+    most = limit(wanted, sum(costs.values()))
+    chosen = _choose(costs, base.layers, most)
+    cast = [(home, names) for home, names in cut if any(frozen[name].dtype != plan.param_dtype for name in names)]
+    if plan.param_dtype is not None and cast and len(chosen) < len(costs):
         # They would begin in their own dtype. FSDP1's units cast nothing that they are given, and FSDP2's not all.
-        cast = [(home, names) for home, names in cut if any(frozen[name].dtype != plan.param_dtype for name in names)]
         named = {home: [every for name in names for every in base.names.get(name, (name,))] for home, names in cast}
         first = units.beginnings(base.walked, base.layers, named)
-        chosen = [home for home in chosen if home not in first]
+        chosen = _choose({home: cost for home, cost in costs.items() if home not in first}, base.layers, most)
     resident = tuple((home, names) for home, names in cut if home in chosen)
     full = {name for _, names in resident for name in names}
     placements = []

@@ -36,7 +36,7 @@ class Held(str):
         return self
 
 
-def load_full(
+def load(
     upstream: Callable[..., object],
     model: nn.Module,
     optimizers: torch.optim.Optimizer,
@@ -44,7 +44,7 @@ def load_full(
     *,
     options: StateDictOptions | None = None,
 ) -> object:
-    """Read an optimizer's full checkpoint under FSDP2, whatever the optimizer keeps.
+    """Read an optimizer's checkpoint under FSDP2, whatever the optimizer keeps, and where it keeps nothing.
 
     torch asks the tensors of the state for a device, and plain SGD has none. It broadcasts quantized tensors by an
     operation that they do not have.
@@ -57,28 +57,54 @@ def load_full(
         options: torch's StateDictOptions, or None.
     """
     prepared = prepared_for(model)
-    if prepared is None or options is None:
+    # torch takes several optimizers too.
+    if prepared is None or options is None or not hasattr(optimizers, "param_groups"):
         return upstream(model, optimizers, optim_state_dict, options=options)
-    # A parameter that no batch has reached has no state, and torch refuses the checkpoint for it.
-    options = dataclasses.replace(options, strict=False)
+    read = functools.partial(upstream, model, optimizers)
     if not options.full_state_dict:
-        before = [dict(group) for group in optimizers.param_groups]
-        result = upstream(model, optimizers, optim_state_dict, options=options)
-        # A group without parameters has no names by which a sharded checkpoint would keep its settings.
-        for group, known in zip(optimizers.param_groups, before, strict=True):
-            group.update({key: value for key, value in known.items() if key not in group})
-        return result
+        return _load_shards(read, model, optimizers, optim_state_dict or {}, options)
     given = optim_state_dict or {}
     settings = [{k: v for k, v in group.items() if k != "params"} for group in given.get("param_groups", ())]
     stateless = not any(given.get("state", {}).values())
-    stateless, settings = agreement.from_main((stateless, settings), "load of the optimizer")
+    found = stateless, settings, _lists_all(model, optimizers, given)
+    stateless, settings, lists_all = agreement.from_main(found, "load of the optimizer")
     if not stateless:
-        load = functools.partial(_load_released, optimizers.load_state_dict)
-        with shadowed(optimizers, load_state_dict=load):
-            return upstream(model, optimizers, _hold(prepared, optim_state_dict, numbers=False), options=options)
+        released = functools.partial(_load_released, optimizers.load_state_dict)
+        with shadowed(optimizers, load_state_dict=released):
+            return read(_hold(prepared, optim_state_dict, numbers=False), options=_lenient(options, lists_all))
     for group, setting in zip(optimizers.param_groups, settings, strict=True):
         group.update(setting)
     return None
+
+
+def _load_shards(
+    upstream: Callable[..., object],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    given: StateDict,
+    options: StateDictOptions,
+) -> object:
+    """Load what a sharded checkpoint has. It keeps settings by names, so that a group without parameters has none."""
+    before = [dict(group) for group in optimizer.param_groups]
+    result = upstream(given, options=_lenient(options, _lists_all(model, optimizer, given)))
+    for group, known in zip(optimizer.param_groups, before, strict=True):
+        group.update({key: value for key, value in known.items() if key not in group})
+    return result
+
+
+def _lists_all(model: nn.Module, optimizer: torch.optim.Optimizer, given: StateDict) -> bool:
+    """Whether the groups of a checkpoint name all that an optimizer trains, with state or without."""
+    trained = {id(item) for group in optimizer.param_groups for item in group["params"] if item.requires_grad}
+    names = {canonical(name) for name, parameter in model.named_parameters() if id(parameter) in trained}
+    return names <= {name for group in given.get("param_groups", ()) for name in group["params"]}
+
+
+def _lenient(options: StateDictOptions, lists_all: bool) -> StateDictOptions:
+    """Options for a checkpoint that may lack the state of parameters that no batch had reached: torch refuses those.
+
+    What a checkpoint does not even list is missing, and stays refused.
+    """
+    return dataclasses.replace(options, strict=False) if lists_all else options
 
 
 def _load_released(upstream: Callable[[StateDict], object], state_dict: StateDict) -> object:

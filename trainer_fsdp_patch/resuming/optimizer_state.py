@@ -22,11 +22,8 @@ if TYPE_CHECKING:
 
     Answer = Callable[[], Mapping[str, object]]
 
-_FOLDER = "optimizer_0"
-"""Of a sharded checkpoint: accelerate's folder of the optimizer."""
-
 _STATE = "optimizer.state."
-"""What the keys of a state begin with in it."""
+"""What the keys of a state begin with in a sharded checkpoint."""
 
 _NAMED: ContextVar[tuple[torch.optim.Optimizer, Answer] | None] = ContextVar("_NAMED", default=None)
 """The optimizer that is about to be read, and what it answers by name."""
@@ -50,7 +47,7 @@ def initialized_optimizer(trainer: Trainer, folder: str | None) -> Iterator[None
         yield
         return
     _take_empty_step(optimizer)
-    _forget_unreached(trainer.model, optimizer, Path(folder) / _FOLDER)
+    _forget_unreached(trainer.model, optimizer, Path(folder) / reading.FSDP_OPTIMIZER)
     made = optimizer.state
     token = _NAMED.set((trainer.optimizer, functools.partial(_named_state, trainer.model, optimizer)))
     try:
