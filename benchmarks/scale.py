@@ -31,9 +31,10 @@ from tables import show
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer_fsdp_patch.inspecting import inventory
+from trainer_fsdp_patch.loading import base_weights
 from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared
-from trainer_fsdp_patch.preparing import base_weights, prepare
+from trainer_fsdp_patch.preparing import prepare
 from trainer_fsdp_patch.ranks import agreement
 from trainer_fsdp_patch.saving import adapter_state, writing
 from trainer_fsdp_patch.training import steps

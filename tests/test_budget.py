@@ -83,6 +83,18 @@ def test_prompt_learners_are_saved_where_adapters_are_sharded(bench: Bench, meth
     assert bench.cell(method, Setup("f2 learner", placement="shard"), patched=True)[1].error == ""
 
 
+@side_by_side
+@pytest.mark.parametrize("sharded", [False, True], ids=["full", "sharded"])
+def test_tokens_of_tied_embeddings_are_sharded(bench: Bench, sharded: bool) -> None:
+    """The module that has them is a child of both embeddings, and a state dict has all of its names."""
+    configure = METHODS["llama_tied lora_tokens"]
+    if not configure.exists:
+        pytest.skip("this peft trains no tokens of tied embeddings")
+    setup = Setup("f2 tokens", placement="shard", sharded_checkpoint=sharded)
+    assert bench.cell("llama_tied lora_tokens", setup, patched=True)[1].error == ""
+    assert bench.resumed(configure, setup, "llama_tied lora_tokens", patched=True) == ""
+
+
 def test_the_share_of_the_base_is_the_budget_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "FLOOR", 0)
     base = sum(parameter.numel() * 4 for parameter in llama().parameters())

@@ -67,6 +67,18 @@ def test_a_rank_holds_its_share(base: str, kind: str, fsdp: int, ranks: int) -> 
         assert_on_page(kind, fsdp, before, ours)
 
 
+def test_a_layer_that_is_a_unit_holds_its_share(bench: Bench) -> None:
+    """FSDP1 puts the flat parameter on such a layer. A copy of it in full had come in its place."""
+    pytest.importorskip("optimum.quanto")
+    bf16: dict[str, Any] = {"dtype": "bfloat16", "amp": "bf16"}
+    setup = Setup("f1 flat size", fsdp=1, quantizer="quanto-int8", wrap="size", use_orig_params=False, **bf16)
+    outcome, verdict = bench.cell("lora", setup, patched=True)
+    assert verdict.right, verdict.error
+    assert outcome.footprint is not None
+    assert outcome.planned is not None
+    assert outcome.footprint.rest == outcome.planned.rest
+
+
 def assert_on_page(kind: str, fsdp: int, *outcomes: Outcome) -> None:
     """The counts of a run without and with packed layers are those of docs/quantized-bases.md."""
     if any(map(versions.newer_than_tested, ("torch", "transformers", "accelerate", "peft"))):

@@ -1,12 +1,14 @@
-"""FSDP2's activation checkpointing recomputes with another dropout mask, so gradients are another sample's."""
+"""FSDP2's activation checkpointing recomputes with another dropout mask, and wraps the parts of adapted layers."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from cells import Bench, Setup, trial
-from faults import canary
+from faults import canary, fault_without
 from methods import tuned
 
+NAME = "accelerate_v1_8_activation_checkpointing"
 DROPOUT = tuned("LoraConfig", r=4, lora_dropout=0.5)
 
 
@@ -17,10 +19,27 @@ def norms(bench: Bench, folder: Path, *, checkpointed: bool, patched: bool) -> l
 
 
 def test_canary() -> None:
-    canary("accelerate_v1_8_activation_checkpointing")
+    canary(NAME)
 
 
 def test_dropout_is_recomputed_with_the_same_mask(bench: Bench, tmp_path: Path) -> None:
     plain = norms(bench, tmp_path, checkpointed=False, patched=True)
     assert norms(bench, tmp_path, checkpointed=True, patched=True) == pytest.approx(plain, rel=1e-5)
     assert norms(bench, tmp_path, checkpointed=True, patched=False) != pytest.approx(plain, rel=1e-2)
+
+
+BY_SIZE = Setup("f2 size ac", wrap="size", activation_checkpointing=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "setup", "expected"),
+    [
+        ("lora_head", BY_SIZE, "KeyError: 0"),
+        # A dictionary of sharded tensors was a unit, whose forward nobody calls.
+        ("lora", dataclasses.replace(BY_SIZE, placement="shard", budget="60%"), "mixed torch.Tensor and DTensor"),
+    ],
+)
+def test_parts_of_layers_are_not_wrapped(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str, setup: Setup, expected: str
+) -> None:
+    fault_without(NAME, bench, monkeypatch, method, setup, expected)

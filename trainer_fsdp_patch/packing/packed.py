@@ -215,8 +215,10 @@ class Packed:
         found = []
         for leaf in list(leaves(self.layer)):
             index = number.get(id(leaf.tensor))
-            # FSDP1 has the packed parameter, and the layer's bias, in the same storage.
-            if index is None and leaf.path != PACKED and not is_stand_in(leaf.tensor):
+            # FSDP1 has the packed parameter, and the layer's bias, in the same storage. A layer that is a unit may have
+            # the flat parameter itself.
+            fsdps = leaf.path == PACKED or getattr(leaf.tensor, "_is_flat_param", False)
+            if index is None and not fsdps and not is_stand_in(leaf.tensor):
                 storage, start, end = span(leaf.tensor)
                 if any(storage == other and start < last and first < end for other, first, last in memory):
                     index = self._adopt(leaf)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -218,15 +217,6 @@ def autocast_prepared(accelerator: Accelerator, results: object) -> None:
                 model.forward = convert_outputs_to_fp32(context(model.forward))
             else:
                 model.forward = MethodType(convert_outputs_to_fp32(context(function)), model)
-
-
-def keep_rng_state(model: nn.Module) -> None:
-    """Make recomputation under activation checkpointing draw the noise of the first forward."""
-    for module in model.modules():
-        function = getattr(module, "checkpoint_fn", None)
-        if isinstance(function, functools.partial) and function.keywords.get("preserve_rng_state") is False:
-            keywords = {**function.keywords, "preserve_rng_state": True}
-            vars(module)["checkpoint_fn"] = functools.partial(function.func, *function.args, **keywords)
 
 
 def _refuse_ignored() -> None:

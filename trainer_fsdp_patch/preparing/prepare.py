@@ -9,13 +9,13 @@ from trainer_fsdp_patch.adapting import residents
 from trainer_fsdp_patch.announcing import figures, start
 from trainer_fsdp_patch.errors import AdapterError, PlanError
 from trainer_fsdp_patch.inspecting import elementwise, inventory, sharing
-from trainer_fsdp_patch.loading import taking
+from trainer_fsdp_patch.loading import base_weights, taking
 from trainer_fsdp_patch.measuring import memory
 from trainer_fsdp_patch.packing import choosing
 from trainer_fsdp_patch.planning import budget, residence
 from trainer_fsdp_patch.planning.plan import make_plan
 from trainer_fsdp_patch.planning.prepared import Prepared, keep, prepared_for
-from trainer_fsdp_patch.preparing import base_weights, fsdp_plugin, later
+from trainer_fsdp_patch.preparing import fsdp_plugin, later
 from trainer_fsdp_patch.ranks import agreement, collectives
 from trainer_fsdp_patch.saving import adapter_state
 from trainer_fsdp_patch.training import optimizer_groups, steps

@@ -97,15 +97,21 @@ def empty_like_sharded(prepared: Prepared) -> dict[str, torch.Tensor]:
 def under_all_names(prepared: Prepared, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors by all the names that a state dict has for them.
 
+    A module with tied embeddings is a child of several others, as trainable tokens are. An inventory has it once.
+
     Args:
         prepared: record of the model.
         named: tensors by first canonical name; those that FSDP does not shard are left out.
     """
+    together: dict[int, list[str]] = {}
+    for name, parameter in prepared.model().named_parameters(remove_duplicate=False) if named else ():
+        together.setdefault(id(parameter), []).append(canonical(name))
+    further = {name: names for names in together.values() if len(names) > 1 for name in names}
     return {
         alias: named[item.tensor.name]
         for item in prepared.plan.sharded
-        for alias in item.tensor.names
         if item.tensor.name in named
+        for alias in (*item.tensor.names, *further.get(item.tensor.name, ()))
     }
 
 

@@ -1,0 +1,96 @@
+"""Activation checkpointing of a planned model: around what computes, and with the noise of the first forward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from trainer_fsdp_patch.inspecting import tuning, walk
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def keep_rng_state(model: nn.Module) -> None:
+    """Make recomputation under activation checkpointing draw the noise of the first forward.
+
+    Args:
+        model: with the wrappers of FSDP2's activation checkpointing.
+    """
+    for module in model.modules():
+        function = vars(module).get("checkpoint_fn")
+        if isinstance(function, functools.partial) and function.keywords.get("preserve_rng_state") is False:
+            keywords = {**function.keywords, "preserve_rng_state": True}
+            vars(module)["checkpoint_fn"] = functools.partial(function.func, *function.args, **keywords)
+
+
+def apply(
+    upstream: Callable[..., object],
+    model: nn.Module,
+    checkpoint_wrapper_fn: Callable[..., nn.Module] | None = None,
+    check_fn: Callable[[nn.Module], bool] | None = None,
+    auto_wrap_policy: object = None,
+) -> object:
+    """Checkpoint what accelerate's FSDP1 asks for, but for what is only a part of a layer.
+
+    Without a policy it asks for all modules, and a policy by size may take any. A user who names modules by `check_fn`
+    gets these.
+
+    Args:
+        upstream: torch's `apply_activation_checkpointing`.
+        model: planned; its modules are wrapped in place.
+        checkpoint_wrapper_fn: what wraps a module; None is torch's own.
+        check_fn: which modules are wrapped.
+        auto_wrap_policy: which modules are wrapped, as FSDP1 has it.
+    """
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    wrapper: Callable[..., nn.Module] = checkpoint_wrapper_fn or checkpoint_wrapper
+    if check_fn is not None:
+        return upstream(model, wrapper, check_fn, auto_wrap_policy)
+    is_part = _parts(model)
+
+    def wrap(module: nn.Module, **kwargs: object) -> nn.Module:
+        return module if is_part(module) else wrapper(module, **kwargs)
+
+    return upstream(model, wrap, auto_wrap_policy=auto_wrap_policy)
+
+
+def spare_parts(model: nn.Module) -> None:
+    """Take activation checkpointing off what is only a part of a layer; accelerate's FSDP2 asks for no wrapper.
+
+    Args:
+        model: with the wrappers of activation checkpointing; it is changed.
+    """
+    is_part = _parts(model)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            module = _inside(child)
+            if module is not None and module is not child and is_part(module):
+                parent._modules[name] = module
+
+
+def _parts(model: nn.Module) -> Callable[[nn.Module], bool]:
+    """Which modules are only a part of a layer: containers, and what adapters are around.
+
+    A wrapped dictionary does not answer `in`, by which peft finds an adapter. FSDP2 makes it a unit that nobody calls,
+    so that nothing gathers it. peft saves no embedding whose class it does not see. The layer around is checkpointed.
+    """
+    from torch import nn
+
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    adapted = tuning.adapted(tuning.by_class(model.modules()))
+    layers = [(module, _inside(module._modules.get("base_layer"))) for module in adapted]
+    below = (walk.below(module) for module, base in layers if type(base).__name__ not in blocks)
+    parts = {id(part) for some in below for part in some}
+    return lambda module: id(module) in parts or type(module).forward is nn.Module.forward
+
+
+def _inside(module: nn.Module | None) -> nn.Module | None:
+    """The module in a wrapper of activation checkpointing, or itself."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+
+    while isinstance(module, ActivationWrapper):
+        module = module._modules["_checkpoint_wrapped_module"]
+    return module
