@@ -67,7 +67,7 @@ def test_what_is_drawn_together_goes_together() -> None:
         setup = mixed.setup_of(fsdp, chosen)
         assert setup.use_orig_params or fsdp == 1
         assert not setup.ram_efficient or fsdp == 2
-        assert not setup.activation_checkpointing or setup.wrap != "none"
+        assert not setup.activation_checkpointing or setup.wrap != "none" or fsdp == 1
         assert setup.ranks == 2 or not METHODS[method].micro
         for part, settings in chosen.items():
             seen.setdefault(part, set()).add(str(settings))
@@ -81,6 +81,20 @@ def test_the_fewest_settings_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixed, "verdict", verdict)
     chosen = {"numbers": {"amp": "bf16"}, "wrap": {"wrap": "size"}, "clip": {"clip": 0.01}, "ranks": {"ranks": 4}}
     assert mixed.smallest(None, "lora", 1, chosen) == ({"numbers": {"amp": "bf16"}, "clip": {"clip": 0.01}}, "off")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("setting", "status"), [("amp", 0), ("clip", 1)])
+def test_what_is_off_in_16_bits_alone_does_not_count(
+    setting: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verdict(bench: Any, method: str, setup: cells.Setup, *, patched: bool = True) -> str:
+        return "off by 2e-01 of the update" if getattr(setup, setting) not in ("no", 1.0) else ""
+
+    monkeypatch.setattr(mixed, "verdict", verdict)
+    assert mixed.main(["--seed", "7", "--cells", "20"]) == status
+    printed = capsys.readouterr().out
+    assert ("ROUNDED" in printed, "WRONG" in printed) == (status == 0, status == 1)
+    assert ("off in 16 bits alone" in printed.splitlines()[-1]) == (status == 0)
 
 
 @where("transformers>=5.24", "peft>=0.21")
