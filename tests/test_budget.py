@@ -78,6 +78,16 @@ def test_what_peft_computes_to_save_it_is_replicated(method: str) -> None:
 
 
 @side_by_side
+@pytest.mark.parametrize("method", ["adalora", "adalora_schedule"])
+def test_what_a_penalty_reads_is_replicated(bench: Bench, method: str) -> None:
+    """peft's model of AdaLora reads all of its layers after their forwards: "The size of tensor a (2) must match"."""
+    plan = trainer_fsdp_patch.plan(METHODS[method](llama()), adapter_placement="shard")
+    assert plan.sharded == ()
+    assert "its tuner reads it outside of its layer" in plan.reasons[-1]
+    assert bench.cell(method, Setup("f2 penalty", placement="shard"), patched=True)[1].error == ""
+
+
+@side_by_side
 @pytest.mark.parametrize("method", ["prefix_mlp", pytest.param("p_tuning", marks=pytest.mark.long)])
 def test_prompt_learners_are_saved_where_adapters_are_sharded(bench: Bench, method: str) -> None:
     assert bench.cell(method, Setup("f2 learner", placement="shard"), patched=True)[1].error == ""

@@ -117,3 +117,23 @@ def prompt_encoders(modules: ByClass) -> list[nn.Module]:
     models = of_class(modules, lambda kind: issubclass(kind, _containers()[0][0]))
     # Not by `getattr`, which asks the base too: one may have a module of that name.
     return [module for model in models if (module := model._modules.get("prompt_encoder")) is not None]
+
+
+def penalized(modules: ByClass) -> list[nn.Module]:
+    """Layers of AdaLora, whose model adds a penalty on all of them to the loss, and whose schedule masks them.
+
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/adalora/model.py
+
+    Args:
+        modules: of a model, all.
+    """
+    from peft.tuners.adalora import AdaLoraLayer
+
+    return of_class(modules, lambda kind: issubclass(kind, AdaLoraLayer))
+
+
+READ_ELSEWHERE = (
+    (prompt_encoders, "peft saves what its module makes of it"),
+    (penalized, "its tuner reads it outside of its layer"),
+)
+"""Modules of peft whose tensors something reads while no unit is gathered, and what it is."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from trainer_fsdp_patch.errors import PlanError
 from trainer_fsdp_patch.inspecting.ignored_modules import names_of
 from trainer_fsdp_patch.inspecting.inventory import ADAPTER, BASE, PROJECTION, QUANTIZED, Inventory, TensorInfo, take
-from trainer_fsdp_patch.inspecting.tuning import ByClass, copied_modules, of_class, prompt_encoders
+from trainer_fsdp_patch.inspecting.tuning import READ_ELSEWHERE, ByClass, copied_modules, of_class
 from trainer_fsdp_patch.inspecting.walk import Walk
 from trainer_fsdp_patch.packing import planned
 from trainer_fsdp_patch.planning import budget, dtypes, expecting, residence
@@ -204,7 +204,7 @@ def make_plan(
     budget.check_settings(asked.adapter_placement, asked.adapter_budget)
     homes, copies = _homes(tensors, further, roots), _inside(inventory, copied_modules)
     unable = budget.cannot_shard(tensors, fsdp_version, homes, copies) | dict.fromkeys(users, "it is ignored")
-    unable |= dict.fromkeys(_inside(inventory, prompt_encoders), "peft saves what its module makes of it")
+    unable |= {name: why for found, why in READ_ELSEWHERE for name in _inside(inventory, found)}
     if fsdp_version == 1 and use_orig_params is False:
         unsharded = unsharded or "use_orig_params=False hides its name"
     if unsharded:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import wrapt
 
+from trainer_fsdp_patch.inspecting import inventory, tuning
 from trainer_fsdp_patch.names import canonical
 from trainer_fsdp_patch.saving import gathering
 from trainer_fsdp_patch.shadowing import shadowed
@@ -44,7 +45,8 @@ def call_with_canonical_names(
 ) -> Result:
     """Call one of peft's functions with a model whose names are those of a state dict.
 
-    peft asks modules_to_save for their state dict and needs its names only. One rank saves, so none may gather.
+    peft asks modules_to_save for their state dict and needs its names only. One rank saves, so none may gather. It runs
+    prompt learners to save what they make. CPT's forward rewrites its parameter, which one rank alone must not.
 
     Args:
         function: takes the model first.
@@ -55,4 +57,18 @@ def call_with_canonical_names(
     with contextlib.ExitStack() as stack:
         for module in gathering.own_units(model):
             stack.enter_context(shadowed(module, state_dict=functools.partial(gathering.names_of, module)))
+        for encoder in tuning.prompt_encoders(tuning.by_class(model.modules())):
+            stack.enter_context(_as_before(encoder))
         return function(with_canonical_names(model), *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _as_before(module: nn.Module) -> Iterator[None]:
+    """Give parameters back the memory that they had; what is written in place stays written."""
+    before = [(item, item.data) for item in module.parameters() if not isinstance(item, inventory.dtensor())]
+    try:
+        yield
+    finally:
+        for parameter, data in before:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
