@@ -1,8 +1,8 @@
-"""Keeps FSDP1's activation checkpointing off parts of adapted layers, in which peft no longer finds its adapter.
+"""Has FSDP1 checkpoint the same modules on all ranks, and no parts of adapted layers, in which peft is lost.
 
 Area: Training
 Issue: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py
-Can be removed when: peft finds its dictionaries and embeddings inside of torch's wrappers.
+Can be removed when: accelerate chooses before FSDP1 shards, and peft finds its parts inside of torch's wrappers.
 """
 
 from __future__ import annotations
@@ -31,6 +31,6 @@ patch = Patch(
     "auto_wrap_policy",
     only=gates.model(),
 )
-def spare_parts(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
-    """Have upstream wrap all but parts of layers."""
+def checkpoint_alike(wrapped: Wrapped, instance: object, args: Args, kwargs: Kwargs) -> object:
+    """Have upstream wrap whole units and layers, as many on each rank."""
     return checkpointing.apply(wrapped, *args, **kwargs)

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.inspecting import tuning, walk
+from trainer_fsdp_patch.names import canonical, unwrap
+from trainer_fsdp_patch.planning.prepared import prepared_for
+from trainer_fsdp_patch.preparing import fsdp_plugin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,8 +37,10 @@ def apply(
 ) -> object:
     """Checkpoint what accelerate's FSDP1 asks for, but for what is only a part of a layer.
 
-    Without a policy it asks for all modules, and a policy by size may take any. A user who names modules by `check_fn`
-    gets these.
+    Without a policy it asks for all modules. A policy by size counts what this rank has of a module, and ranks that
+    checkpoint different modules gather units in different orders: FSDP's units are taken, which are the same on all
+    ranks. Layers that base_budget keeps full are no units, and are checkpointed all the same. A user who names modules
+    by `check_fn` gets these.
 
     Args:
         upstream: torch's `apply_activation_checkpointing`.
@@ -45,16 +50,36 @@ def apply(
         auto_wrap_policy: which modules are wrapped, as FSDP1 has it.
     """
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
     wrapper: Callable[..., nn.Module] = checkpoint_wrapper_fn or checkpoint_wrapper
     if check_fn is not None:
         return upstream(model, wrapper, check_fn, auto_wrap_policy)
-    is_part = _parts(model)
+    is_part, policy = _parts(model), fsdp_plugin.without_ours(auto_wrap_policy)
+    if getattr(policy, "func", policy) is size_based_auto_wrap_policy:
+        policy = functools.partial(_is_among, wanted=_units(model))
 
     def wrap(module: nn.Module, **kwargs: object) -> nn.Module:
         return module if is_part(module) else wrapper(module, **kwargs)
 
-    return upstream(model, wrap, auto_wrap_policy=auto_wrap_policy)
+    return upstream(model, wrap, auto_wrap_policy=policy)
+
+
+def _is_among(module: nn.Module, recurse: bool, nonwrapped_numel: int, *, wanted: set[int]) -> bool:
+    """A wrap policy of torch's kind."""
+    return recurse or id(module) in wanted
+
+
+def _units(model: nn.Module) -> set[int]:
+    """Modules inside of FSDP1's units, the root aside, and those that stay full on each rank, by identity."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    prepared = prepared_for(model)
+    resident = {home for home, _ in prepared.plan.resident} if prepared is not None else set()
+    units = {id(item.module) for item in FullyShardedDataParallel.fsdp_modules(model) if item is not model}
+    return units | {
+        id(module) for name, module in unwrap(model).named_modules() if name and canonical(name) in resident
+    }
 
 
 def spare_parts(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer_fsdp_patch.errors import PlanError, warn
 from trainer_fsdp_patch.inspecting import inventory, tuning, units
@@ -107,7 +107,15 @@ def unit_classes(plugin: FullyShardedDataParallelPlugin) -> Sequence[str] | None
 
 def _users_policy(plugin: FullyShardedDataParallelPlugin) -> Callable[..., bool] | None:
     """The plugin's wrap policy without what we have put around it."""
-    policy = plugin.auto_wrap_policy
+    return without_ours(plugin.auto_wrap_policy)
+
+
+def without_ours(policy: Any) -> Callable[..., bool] | None:
+    """A wrap policy without what we have put around it; None stays.
+
+    Args:
+        policy: of FSDP1.
+    """
     while getattr(policy, "func", None) in (_allowed, _or_own):
         policy = policy.keywords["policy"]
     users: Callable[..., bool] | None = policy
