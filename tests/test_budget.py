@@ -8,8 +8,9 @@ from typing import Any
 import checkpoints
 import peft
 import pytest
+import torch
 from cells import METHODS, Bench, Setup, trial
-from faults import FLAVOURS, where
+from faults import FLAVOURS, equals_one_process, where
 from methods import ON_LLAMA
 from test_plan import llama
 
@@ -85,6 +86,31 @@ def test_what_a_penalty_reads_is_replicated(bench: Bench, method: str) -> None:
     assert plan.sharded == ()
     assert "its tuner reads it outside of its layer" in plan.reasons[-1]
     assert bench.cell(method, Setup("f2 penalty", placement="shard"), patched=True)[1].error == ""
+
+
+def rows_alone(model: Any) -> Any:
+    """LoRA and a head of which a user trains the first rows alone, as new tokens."""
+    model = METHODS["lora_head"](model)
+    weight = model.get_parameter(HEAD)
+    weight.register_hook(lambda gradient: gradient * (torch.arange(len(gradient), device=gradient.device) < 8)[:, None])
+    return model
+
+
+@side_by_side
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_what_hooks_work_on_is_replicated(bench: Bench, tmp_path: Path, fsdp: int) -> None:
+    """FSDP makes parameters of its own, without the hooks, and all rows were trained."""
+    plan = trainer_fsdp_patch.plan(rows_alone(llama()), fsdp_version=fsdp, adapter_placement="shard")
+    assert HEAD not in {item.tensor.name for item in plan.sharded}
+    equals_one_process(bench, rows_alone, Setup("hooks", fsdp=fsdp, placement="shard"), tmp_path)
+
+
+@side_by_side
+@pytest.mark.skipif(not METHODS["osf"].exists, reason="this peft has no OSF")
+@pytest.mark.parametrize("fsdp", FLAVOURS)
+def test_projections_of_gradients_are_kept(bench: Bench, fsdp: int) -> None:
+    """OSF projects gradients in hooks."""
+    assert bench.cell("osf", Setup("hooks", fsdp=fsdp, placement="shard"), patched=True)[1].error == ""
 
 
 @side_by_side

@@ -249,6 +249,11 @@ class Inventory(NamedTuple):
         firsts = {id(slot.tensor): slot.name for slot in reversed(self.slots)} if more else {}
         return {firsts[key]: names for key, names in more.items()}
 
+    def hooked(self) -> set[str]:
+        """Names of tensors on whose gradients hooks work, as OSF's and users' own do."""
+        hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+        return {slot.name for slot in self.slots if any(getattr(slot.tensor, name, None) for name in hooks)}
+
     def reread(self) -> Inventory:
         """The same slots with the tensors that they hold now, after moves that may have replaced objects."""
         return self._replace(slots=tuple(slot._replace(tensor=slot.holder[slot.key]) for slot in self.slots))

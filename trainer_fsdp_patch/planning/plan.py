@@ -190,10 +190,9 @@ def make_plan(
         return dtypes.odd_dtypes(tensors, roots) if fsdp_version == 1 else {}
 
     shared = dtypes.shared_by_units(tensors, roots)
-    barred = users | set(shared)
     compute, reasons = dtypes.param_dtype(tensors, users, amp, param_dtype)
     known = set(roots)
-    within = planned.Asked(fsdp_version, compute, ranks, barred, lambda name: expecting.nearest(name, known))
+    within = planned.Asked(fsdp_version, compute, ranks, {*users, *shared}, lambda name: expecting.nearest(name, known))
     tensors, originals = planned.with_packed(tensors, inventory, within, odd_in)
     odd = odd_in(tensors) | shared
     further = inventory.further_names()
@@ -204,6 +203,7 @@ def make_plan(
     budget.check_settings(asked.adapter_placement, asked.adapter_budget)
     homes, copies = _homes(tensors, further, roots), _inside(inventory, copied_modules)
     unable = budget.cannot_shard(tensors, fsdp_version, homes, copies) | dict.fromkeys(users, "it is ignored")
+    unable |= dict.fromkeys(inventory.hooked(), "hooks work on its gradient, and FSDP makes another parameter")
     unable |= {name: why for found, why in READ_ELSEWHERE for name in _inside(inventory, found)}
     if fsdp_version == 1 and use_orig_params is False:
         unsharded = unsharded or "use_orig_params=False hides its name"
@@ -251,9 +251,7 @@ def _known(setting: str, value: Choice, supported: Mapping[Choice, Result]) -> R
 
 def _orig_params(fsdp_version: int, asked: bool | None) -> bool | None:
     """No unit mixes trainable and frozen parameters, so both values of the flag are right."""
-    if fsdp_version == 1:
-        return True if asked is None else asked
-    return None
+    return asked is not False if fsdp_version == 1 else None
 
 
 def _decide(tensor: TensorInfo, users: set[str], odd: dict[str, str], fsdp_version: int) -> Placement:
