@@ -177,6 +177,14 @@ def held(setup: Setup, base: str, folder: str, rank: int) -> Outcome:
 
 
 @side_by_side
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_frozen_head_next_to_its_trained_copy(bench: Bench, dtype: str) -> None:
+    """By size it is a unit of its own, which no forward uses: "no attribute '_unsharded_param'" in the first step."""
+    setup = Setup("idle", wrap="size", placement="shard", accumulation=3, dtype=dtype, amp="bf16")
+    assert bench.cell("lora_head", setup, patched=True)[1].error == ""
+
+
+@side_by_side
 @pytest.mark.parametrize("fsdp", FLAVOURS)
 def test_each_rank_holds_its_part_alone(bench: Bench, tmp_path: Path, fsdp: int) -> None:
     lora, head = 8 * 4 * 64, 96 * 64

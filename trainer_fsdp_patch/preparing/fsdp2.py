@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -140,14 +141,28 @@ def fully_shard(
     if not able or not any(True for item in modules for _ in item.parameters()):
         return module
     if not units.reaches_outside(modules, sharding.others):
-        return upstream(module, **kwargs)
+        return upstream(module, **_reducing_nothing(modules, kwargs))
     # accelerate sees no ties through PEFT's wrappers: it asks for the embeddings, and for the head later.
     tied = [item for item in sharding.waiting if _is_unit(item) and not _nested(item, modules)]
     if tied and not units.reaches_outside([*tied, *modules], sharding.others):
-        upstream([*tied, *modules], **kwargs)
+        upstream([*tied, *modules], **_reducing_nothing([*tied, *modules], kwargs))
     else:
         sharding.waiting.extend(modules)
     return module
+
+
+def _reducing_nothing(modules: list[nn.Module], kwargs: dict[str, object]) -> dict[str, object]:
+    """Arguments for a frozen unit, without a dtype to reduce in.
+
+    Where that is another than it computes in, torch looks for gradients at the end of a backward pass without a
+    reduction. It has none to look at in a unit that no forward has used, such as a head next to its trained copy.
+    """
+    policy: Any = kwargs.get("mp_policy")
+    parameters = [item for module in modules for child in _own(module) for item in child._parameters.values()]
+    frozen = not any(item is not None and item.requires_grad for item in parameters)
+    if policy is None or not frozen or policy.reduce_dtype in (None, policy.param_dtype):
+        return kwargs
+    return {**kwargs, "mp_policy": dataclasses.replace(policy, reduce_dtype=None)}
 
 
 def _is_unit(module: nn.Module) -> bool:
