@@ -251,7 +251,8 @@ def _known(setting: str, value: Choice, supported: Mapping[Choice, Result]) -> R
 
 def _orig_params(fsdp_version: int, asked: bool | None) -> bool | None:
     """No unit mixes trainable and frozen parameters, so both values of the flag are right."""
-    return asked is not False if fsdp_version == 1 else None
+    given = True if asked is None else asked
+    return given if fsdp_version == 1 else None
 
 
 def _decide(tensor: TensorInfo, users: set[str], odd: dict[str, str], fsdp_version: int) -> Placement:
