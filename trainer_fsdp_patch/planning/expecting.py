@@ -102,9 +102,9 @@ def footprint(plan: Plan, ranks: int, *, prefetched: bool = False, gathers: int 
     `gathered` is what the largest unit needs with those around it; the root is always one of these. FSDP2 gathers the
     next unit before it frees the last, so there it is what the largest two need. FSDP1 does so where it is asked to
     prefetch. A unit with tied parameters stays gathered next to them. The bound is reached where the largest units
-    follow each other, and never passed. Bytes between steps are exact, up to the few by which FSDP1 aligns parameters
-    of odd sizes. Collectives are left to the comparison with stock. How often a unit is gathered in a step depends on
-    which of its inputs need a gradient.
+    follow each other, and passed where a layer ran for the forward alone. Bytes between steps are exact, up to the few
+    by which FSDP1 aligns parameters of odd sizes. Collectives are left to the comparison with stock. How often a unit
+    is gathered in a step depends on which of its inputs need a gradient.
 
     Args:
         plan: of the model.
