@@ -79,13 +79,15 @@ def test_what_peft_computes_to_save_it_is_replicated(method: str) -> None:
 
 
 @side_by_side
-@pytest.mark.parametrize("method", ["adalora", "adalora_schedule"])
-def test_what_a_penalty_reads_is_replicated(bench: Bench, method: str) -> None:
-    """peft's model of AdaLora reads all of its layers after their forwards: "The size of tensor a (2) must match"."""
+@pytest.mark.parametrize("method", ["adalora", "adalora_schedule", "adamss", "adamss_schedule"])
+def test_what_a_schedule_reads_is_replicated(bench: Bench, method: str) -> None:
+    """AdaLora reads all layers after their forwards: "The size of tensor a (2) must match". AdaMSS had ranks wait."""
+    if not METHODS[method].exists:
+        pytest.skip(f"this peft has no {method}")
     plan = trainer_fsdp_patch.plan(METHODS[method](llama()), adapter_placement="shard")
     assert plan.sharded == ()
     assert "its tuner reads it outside of its layer" in plan.reasons[-1]
-    assert bench.cell(method, Setup("f2 penalty", placement="shard"), patched=True)[1].error == ""
+    assert bench.cell(method, Setup("f2 schedule", placement="shard"), patched=True)[1].error == ""
 
 
 def rows_alone(model: Any) -> Any:

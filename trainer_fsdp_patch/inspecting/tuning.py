@@ -119,21 +119,20 @@ def prompt_encoders(modules: ByClass) -> list[nn.Module]:
     return [module for model in models if (module := model._modules.get("prompt_encoder")) is not None]
 
 
-def penalized(modules: ByClass) -> list[nn.Module]:
-    """Layers of AdaLora, whose model adds a penalty on all of them to the loss, and whose schedule masks them.
+def scheduled(modules: ByClass) -> list[nn.Module]:
+    """Layers whose ranks are scheduled by all of their tensors and gradients; AdaLora's are in a penalty too.
 
     https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/adalora/model.py
 
     Args:
         modules: of a model, all.
     """
-    from peft.tuners.adalora import AdaLoraLayer
-
-    return of_class(modules, lambda kind: issubclass(kind, AdaLoraLayer))
+    homes = ("peft.tuners.adalora.", "peft.tuners.adamss.")
+    return of_class(modules, lambda kind: any(base.__module__.startswith(homes) for base in kind.__mro__))
 
 
 READ_ELSEWHERE = (
     (prompt_encoders, "peft saves what its module makes of it"),
-    (penalized, "its tuner reads it outside of its layer"),
+    (scheduled, "its tuner reads it outside of its layer"),
 )
 """Modules of peft whose tensors something reads while no unit is gathered, and what it is."""
