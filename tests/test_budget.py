@@ -90,6 +90,14 @@ def test_what_a_schedule_reads_is_replicated(bench: Bench, method: str) -> None:
     assert bench.cell(method, Setup("f2 schedule", placement="shard"), patched=True)[1].error == ""
 
 
+@side_by_side
+def test_a_head_next_to_a_schedule_is_sharded() -> None:
+    """What stays replicated are AdaLora's layers, and not all that its tuner has in it."""
+    config = peft.AdaLoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], total_step=10)
+    plan = trainer_fsdp_patch.plan(peft.get_peft_model(llama(), config), adapter_placement="shard")
+    assert {item.tensor.name for item in plan.sharded} == {HEAD}
+
+
 def rows_alone(model: Any) -> Any:
     """LoRA and a head of which a user trains the first rows alone, as new tokens."""
     model = METHODS["lora_head"](model)

@@ -128,7 +128,7 @@ def scheduled(modules: ByClass) -> list[nn.Module]:
         modules: of a model, all.
     """
     homes = ("peft.tuners.adalora.", "peft.tuners.adamss.")
-    return of_class(modules, lambda kind: any(base.__module__.startswith(homes) for base in kind.__mro__))
+    return [item for item in adapted(modules) if any(base.__module__.startswith(homes) for base in type(item).__mro__)]
 
 
 READ_ELSEWHERE = (
