@@ -48,3 +48,10 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def without_checkpointing(module: nn.Module | None) -> nn.Module | None:
+    """The module inside of the wrappers that activation checkpointing and its offloading put around, or itself."""
+    while "_checkpoint_wrapped_module" in getattr(module, "_modules", ()):
+        module = cast("nn.Module", module)._modules["_checkpoint_wrapped_module"]
+    return module

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from trainer_fsdp_patch.inspecting import tuning, walk
+from trainer_fsdp_patch.names import without_checkpointing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,12 +93,14 @@ def parts(model: nn.Module, walked: walk.Walk | None = None, among: Collection[n
     within = {id(item) for item in (*tuners, *whole)}
     blocks = set(getattr(model, "_no_split_modules", None) or ())
     for module in tuning.adapted(modules):
-        inside = getattr(module, "base_layer", None)
-        # Activation checkpointing has put its wrapper around the block by then.
-        around = type(getattr(inside, "_checkpoint_wrapped_module", inside)).__name__ in blocks
         if module not in tuners and not isinstance(module, PreTrainedModel):
-            within.update([id(module)] if around else map(id, walk.below(module)))
+            within.update([id(module)] if is_around(module, blocks) else map(id, walk.below(module)))
     return within
+
+
+def is_around(module: nn.Module, blocks: Collection[str]) -> bool:
+    """Whether an adapter is around a block of some classes, in wrappers of activation checkpointing or without."""
+    return type(without_checkpointing(getattr(module, "base_layer", None))).__name__ in blocks
 
 
 def reaches_outside(modules: Iterable[nn.Module], others: dict[int, set[int]]) -> bool:

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from trainer_fsdp_patch.inspecting import tuning, walk
-from trainer_fsdp_patch.names import canonical, unwrap
+from trainer_fsdp_patch.inspecting import tuning, units, walk
+from trainer_fsdp_patch.names import canonical, unwrap, without_checkpointing
 from trainer_fsdp_patch.planning.prepared import prepared_for
 from trainer_fsdp_patch.preparing import fsdp_plugin
 
@@ -76,8 +76,8 @@ def _units(model: nn.Module) -> set[int]:
 
     prepared = prepared_for(model)
     resident = {home for home, _ in prepared.plan.resident} if prepared is not None else set()
-    units = {id(item.module) for item in FullyShardedDataParallel.fsdp_modules(model) if item is not model}
-    return units | {
+    inside = {id(item.module) for item in FullyShardedDataParallel.fsdp_modules(model) if item is not model}
+    return inside | {
         id(module) for name, module in unwrap(model).named_modules() if name and canonical(name) in resident
     }
 
@@ -91,7 +91,7 @@ def spare_parts(model: nn.Module) -> None:
     is_part = _parts(model)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            module = _inside(child)
+            module = without_checkpointing(child)
             if module is not None and module is not child and is_part(module):
                 parent._modules[name] = module
 
@@ -106,16 +106,6 @@ def _parts(model: nn.Module) -> Callable[[nn.Module], bool]:
 
     blocks = set(getattr(model, "_no_split_modules", None) or ())
     adapted = tuning.adapted(tuning.by_class(model.modules()))
-    layers = [(module, _inside(module._modules.get("base_layer"))) for module in adapted]
-    below = (walk.below(module) for module, base in layers if type(base).__name__ not in blocks)
+    below = (walk.below(module) for module in adapted if not units.is_around(module, blocks))
     parts = {id(part) for some in below for part in some}
     return lambda module: id(module) in parts or type(module).forward is nn.Module.forward
-
-
-def _inside(module: nn.Module | None) -> nn.Module | None:
-    """The module in a wrapper of activation checkpointing, or itself."""
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
-
-    while isinstance(module, ActivationWrapper):
-        module = module._modules["_checkpoint_wrapped_module"]
-    return module
